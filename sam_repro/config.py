@@ -1,0 +1,327 @@
+"""The one typed schema of a run, its validation, and the name it gets.
+
+Hydra composes `configs/` into these dataclasses; nothing else of Hydra is used. Every field is documented here,
+once; the YAML files only cite where a number comes from. This module imports no torch, so that the paper half of
+the project (plans, tables, figures) can compose and name runs on a laptop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_repro.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """A timm model and its row of the GSAM paper's Table 4."""
+
+    name: str = MISSING  # the field's short name: vit_b32, mixer_s8, resnet50
+    timm: str = MISSING  # timm.create_model's name
+    family: str = MISSING  # vit | mixer | resnet: how weights are initialised
+    params: int = 0  # number of parameters with 1,000 classes; 0 when no source states one
+    kwargs: dict[str, Any] = field(default_factory=dict)  # timm.create_model's keyword arguments
+    tiny_kwargs: dict[str, Any] = field(default_factory=dict)  # laid over kwargs when model.tiny is set
+    tiny: bool = False  # a toy of the same family, for debug=tiny
+    sam_rho: float = 0.05  # rho of plain SAM (Chen et al. 2022; D-12)
+    rho_max: float = 0.05  # Table 4
+    rho_min: float = 0.05  # Table 4
+    alpha: float = 0.1  # Table 4
+
+
+@dataclass
+class RecipeConfig:
+    """Schedule, base optimizer and loss: what vanilla, SAM and GSAM have in common."""
+
+    name: str = MISSING
+    epochs: float = 300
+    steps: int | None = None  # overrides epochs
+    batch_size: int = 4096  # global: all ranks together
+    base: str = "adamw"  # adamw | sgd
+    lr: float = 3e-3  # the peak, reached at the end of the warm-up
+    lr_min_ratio: float = 0.01  # the last learning rate over the peak
+    warmup_steps: int = 10_000  # linear from 0
+    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
+    weight_decay: float = 0.3  # AdamW: decoupled, times lr; SGD: coupled L2
+    decay: str = "kernels"  # kernels (no bias, norm, position embedding) | all
+    momentum: float = 0.9  # SGD
+    nesterov: bool = False  # SGD
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW
+    eps: float = 1e-8  # AdamW
+    clip: float = 1.0  # global norm of the averaged gradient, before the base optimizer; 0 is off
+    loss: str = "sigmoid"  # sigmoid: sum over classes of binary cross-entropies | softmax
+    label_smoothing: float = 0.0  # softmax only
+
+
+@dataclass
+class OptimConfig:
+    """The gradient method: a perturbation (where to look) and a combination (what to descend)."""
+
+    name: str = MISSING
+    perturb: str = "none"  # none | sam
+    combine: str = "robust"  # robust (SAM) | ascent (GSAM)
+    rho_max: float = 0.0  # radius of the perturbation at the peak learning rate
+    rho_min: float = 0.0  # radius at the smallest learning rate
+    alpha: float = 0.0  # weight of the ascent step
+    rho_schedule: str = "lr"  # lr: tied to the learning rate (Algorithm 1) | constant: rho_max throughout
+    faithful_rho: bool = False  # let rho go negative in the warm-up, as the reference does (D-05)
+    m: int = 64  # images that share one perturbation: the reference's batch per device (D-01)
+
+
+@dataclass
+class AugmentConfig:
+    """What happens to a training image between the file and the model."""
+
+    name: str = MISSING
+    crop: str = "inception"  # inception | pad (zeros around, random crop) | none (as in evaluation)
+    pad: int = 4  # pad: pixels of zeros on each side
+    scale: list[float] = field(default_factory=lambda: [0.05, 1.0])  # inception: range of the crop's area
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # inception: range of width / height
+    flip: bool = True  # left-right with probability 1/2
+
+
+@dataclass
+class DataConfig:
+    """A data set on disk and the shape in which the model sees it."""
+
+    name: str = MISSING  # imagenet | digits | synthetic
+    root: str | None = None  # folder with train.beton and val.beton, or with train/ and val/ class folders
+    num_classes: int = 1000
+    image_size: int = 224  # side of the square given to the model
+    eval_resize: int = 256  # evaluation: short side before the centre crop; equal to image_size means no margin
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])  # of pixels in [0, 1]; .5, .5: range [-1, 1]
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
+    backend: str = "auto"  # ffcv | torch | auto
+    workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
+    antialias: bool = False  # training crop: area-average instead of plain bilinear
+    eval_batch_size: int = 256  # of this rank
+
+
+@dataclass
+class TrainConfig:
+    """How the run is executed: precision, compilation, intervals."""
+
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "auto"  # bf16 (autocast) | fp32 | auto: bf16 where the GPU has it, else fp32
+    compile: bool = False  # torch.compile the forward and backward passes
+    deterministic: bool = False  # torch's deterministic algorithms; bitwise only on the CPU
+    threads: int = 0  # CPU threads of torch; 0 leaves torch's choice
+    log_every: int = 50  # steps between log lines; the only moments the host waits for the device
+    eval_every_epochs: float = 10  # 0: only at the end
+    save_every_minutes: float = 20
+    save_every_steps: int = 0  # 0: by minutes only
+
+
+@dataclass
+class LogConfig:
+    """Where a run leaves its files. Nothing here changes a result."""
+
+    runs_dir: str = "runs"  # <runs_dir>/<run_id>: config, log.jsonl, checkpoints, final weights
+    ledger_dir: str = "results/runs"  # one immutable JSON a finished run
+    wandb: str = "auto"  # auto: online with a key, else offline | online | offline | disabled
+    project: str = "sam-repro"
+    group: str | None = None  # W&B group, such as table1/vit_b32
+    progress: str = "auto"  # auto: a bar on a terminal, else lines | bar | lines
+
+
+@dataclass
+class Config:
+    """Everything one run needs. `python train.py --cfg job --resolve` prints it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 0
+
+
+# Keys that say where and how fast, not what: two runs that differ only here are the same run.
+MACHINE_KEYS = (
+    "log",
+    "data.root",
+    "data.backend",
+    "data.workers",
+    "data.eval_batch_size",
+    "train.device",
+    "train.compile",
+    "train.threads",
+    "train.log_every",
+    "train.save_every_minutes",
+    "train.save_every_steps",
+)
+
+
+def register_schema() -> None:
+    """Give Hydra the dataclasses, so that a typo or a wrong type is an error."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / "configs", package / "configs"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise UserError(f"the configuration files are missing: neither configs/ nor sam_repro/configs in {package.parent}")
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """Compose the configuration of `python train.py <overrides>` without running anything.
+
+    Raises UserError with the nearest valid name when an override does not fit.
+    """
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+            return typed(compose(config_name="config", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, overrides)) from None
+
+
+def typed(cfg: Any) -> Config:
+    """The resolved omegaconf tree as the dataclass."""
+    OmegaConf.resolve(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"no value for {', '.join(missing)}")
+    result = OmegaConf.to_object(cfg)
+    assert isinstance(result, Config)
+    return result
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries, for JSON, YAML and W&B."""
+    return dataclasses.asdict(cfg)
+
+
+def config_hash(cfg: Config) -> str:
+    """Eight hexadecimal digits of the configuration without its machine-only keys and its seed."""
+    tree = to_dict(cfg)
+    for key in MACHINE_KEYS:
+        node, parts = tree, key.split(".")
+        for part in parts[:-1]:
+            node = node[part]
+        del node[parts[-1]]
+    del tree["seed"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_id(cfg: Config) -> str:
+    """<model>-<optim>-s<seed>-<hash>: equal on every rank, every requeue and every machine."""
+    return f"{cfg.model.name}-{cfg.optim.name}-s{cfg.seed}-{config_hash(cfg)}"
+
+
+def fields_of(node: type, prefix: str = "") -> list[str]:
+    """All dotted keys of the schema."""
+    keys = []
+    for f in dataclasses.fields(node):
+        group = {"model": ModelConfig, "recipe": RecipeConfig, "optim": OptimConfig, "augment": AugmentConfig}
+        group |= {"data": DataConfig, "train": TrainConfig, "log": LogConfig}
+        if not prefix and f.name in group:
+            keys += [f.name, *fields_of(group[f.name], f"{f.name}.")]
+        else:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def choices(group: str) -> list[str]:
+    """The names that `group=` takes, from the files of configs/<group>/."""
+    return sorted(p.stem for p in (config_dir() / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """'; did you mean X?' or the empty string."""
+    match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """One sentence for a Hydra or OmegaConf error: which override, and the nearest name that exists."""
+    known = fields_of(Config)
+    groups = sorted(p.name for p in config_dir().iterdir() if p.is_dir())
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in groups:
+            names = choices(key)
+            for name in value.split(","):
+                if name not in names:
+                    return f"{key}={name} does not exist{nearest(name, names)} (choices: {', '.join(names)})"
+        elif not key.startswith("hydra") and key not in known:
+            parent = key.rsplit(".", 2)[0]
+            if parent not in ("model.kwargs", "model.tiny_kwargs"):
+                return f"there is no key '{key}'{nearest(key, known + groups)}"
+    return " ".join(str(error).split())
+
+
+def validate(cfg: Config) -> None:
+    """Check ranges and words that types cannot express.
+
+    Raises UserError with one sentence that names the key and what it may be.
+    """
+    words = {
+        "recipe.base": ("adamw", "sgd"),
+        "recipe.schedule": ("linear", "cosine", "constant"),
+        "recipe.decay": ("kernels", "all"),
+        "recipe.loss": ("sigmoid", "softmax"),
+        "optim.rho_schedule": ("lr", "constant"),
+        "augment.crop": ("inception", "pad", "none"),
+        "data.backend": ("auto", "ffcv", "torch"),
+        "train.device": ("auto", "cpu", "cuda"),
+        "train.dtype": ("auto", "bf16", "fp32"),
+        "log.wandb": ("auto", "online", "offline", "disabled"),
+        "log.progress": ("auto", "bar", "lines"),
+    }
+    positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
+    positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every")
+    not_negative = ("optim.rho_max", "optim.rho_min", "recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
+    not_negative += ("optim.m", "data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
+    for key, allowed in words.items():
+        value = lookup(cfg, key)
+        if value not in allowed:
+            raise UserError(f"{key}={value} is not one of {', '.join(allowed)}{nearest(str(value), list(allowed))}")
+    for key in positive:
+        if not 0 < lookup(cfg, key) < float("inf"):
+            raise UserError(f"{key}={lookup(cfg, key)} must be greater than 0")
+    for key in not_negative:
+        if not 0 <= lookup(cfg, key) < float("inf"):
+            raise UserError(f"{key}={lookup(cfg, key)} must be a finite number, 0 or greater")
+    if not -float("inf") < cfg.optim.alpha < float("inf"):
+        raise UserError(f"optim.alpha={cfg.optim.alpha} must be a finite number")
+    if cfg.optim.perturb != "none" and cfg.optim.m == 0:
+        raise UserError("optim.m=0 is not a group size; give the number of images that share one perturbation")
+    if cfg.optim.rho_min > cfg.optim.rho_max:
+        raise UserError(f"optim.rho_min={cfg.optim.rho_min} is greater than optim.rho_max={cfg.optim.rho_max}")
+    if not 0 < cfg.recipe.lr_min_ratio <= 1:
+        raise UserError(f"recipe.lr_min_ratio={cfg.recipe.lr_min_ratio} must lie in (0, 1]")
+    if not 0 < cfg.data.train_fraction <= 1:
+        raise UserError(f"data.train_fraction={cfg.data.train_fraction} must lie in (0, 1]")
+    if cfg.recipe.steps is not None and cfg.recipe.steps < 1:
+        raise UserError(f"recipe.steps={cfg.recipe.steps} must be at least 1, or null to go by epochs")
+    if cfg.data.eval_resize < cfg.data.image_size:
+        raise UserError(f"data.eval_resize={cfg.data.eval_resize} is smaller than data.image_size={cfg.data.image_size}")
+
+
+def lookup(cfg: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = cfg
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

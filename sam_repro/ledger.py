@@ -1,0 +1,93 @@
+"""The ledger: one immutable JSON file a finished run. The training half writes it, the paper half reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sam_repro.errors import UserError
+
+Row = dict[str, Any]
+
+PACKAGES = ("torch", "torchvision", "timm", "ffcv", "numpy", "numba", "opencv-python-headless", "hydra-core", "wandb")
+REQUIRED = ("run_id", "status", "seed", "config", "config_hash", "commit", "dirty", "hardware", "evals")
+
+
+def row_path(ledger_dir: str | Path, run_id: str) -> Path:
+    """Where the row of a run is."""
+    return Path(ledger_dir) / f"{run_id}.json"
+
+
+def write_row(ledger_dir: str | Path, row: Row) -> Path:
+    """Write a row once; an existing row of the run is never changed."""
+    path = row_path(ledger_dir, row["run_id"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(row, indent=1, allow_nan=False) + "\n")
+    try:
+        os.link(temporary, path)  # fails if the row exists, atomically, also on NFS
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
+    return path
+
+
+def read_row(path: Path) -> Row:
+    """One row, checked for the keys that every reader relies on."""
+    try:
+        row = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a ledger row: {error}") from None
+    missing = [key for key in REQUIRED if key not in row]
+    if missing:
+        raise UserError(f"{path} is not a ledger row: it lacks {', '.join(missing)}")
+    return row
+
+
+def read_ledger(ledger_dir: str | Path) -> list[Row]:
+    """All rows of a folder, by run id."""
+    return [read_row(path) for path in sorted(Path(ledger_dir).glob("*.json"))]
+
+
+def provenance() -> Row:
+    """Commit, dirty flag, versions and CPU of this process: what a number needs to be printed."""
+    return {
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES if version(p)},
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+    }
+
+
+def git(*arguments: str) -> str:
+    """git's output in this project's checkout, or the empty string outside one."""
+    where = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(where), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or the empty string."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,145 @@
+"""A run's log: `log.jsonl` is the truth; the console and W&B are views of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sam_repro.config import Config, to_dict
+
+Record = dict[str, Any]
+
+
+class RunLog:
+    """Append records to log.jsonl, and show them.
+
+    Every record has a "step". A resumed run first drops the records beyond its checkpoint, so that each step is
+    logged once however often the run was interrupted.
+
+    Args:
+        run_dir: the run's folder; None on the ranks that do not log.
+        step: updates already made.
+        total: updates of the whole run.
+    """
+
+    def __init__(self, run_dir: Path | None, cfg: Config, *, run_id: str, step: int, total: int):
+        self.run_dir = run_dir
+        if run_dir is None:
+            return
+        self.path = run_dir / "log.jsonl"
+        kept = [r for r in read_log(self.path) if r["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115: open as long as the run
+        bar = cfg.log.progress == "bar" or (cfg.log.progress == "auto" and sys.stderr.isatty())
+        self.bar = tqdm(total=total, initial=step, desc=run_id, unit="step", disable=not bar, dynamic_ncols=True)
+        self.lines = not bar
+        self.wandb = start_wandb(run_dir, cfg, run_id)
+
+    def step(self) -> None:
+        """One update was made."""
+        if self.run_dir is not None:
+            self.bar.update()
+
+    def say(self, sentence: str) -> None:
+        """A sentence for the person watching."""
+        if self.run_dir is not None:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def record(self, record: Record) -> None:
+        """Append a record; non-finite numbers become null, which JSON has no word for otherwise."""
+        if self.run_dir is None:
+            return
+        self.file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+        shown = summary(record)
+        if self.lines:
+            self.say(f"[{record['step']}/{self.bar.total}] {shown}")
+        else:
+            self.bar.set_postfix_str(shown)
+        if self.wandb is not None:
+            try:
+                self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            except Exception as error:  # tracking must never stop a run
+                warnings.warn(f"W&B logging failed and is off from here: {error}", stacklevel=1)
+                self.wandb = None
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.run_dir is None:
+            return
+        self.bar.close()
+        self.file.close()
+        if self.wandb is not None:
+            try:
+                self.wandb.finish(quiet=True)
+            except Exception as error:
+                warnings.warn(f"W&B did not finish: {error}", stacklevel=1)
+
+
+def finite(value: Any) -> Any:
+    """None for a NaN or an infinity, the value itself otherwise."""
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def summary(record: Record) -> str:
+    """The few numbers of a record that fit on a line."""
+    if "eval" in record:
+        return f"{record['eval']} {100 * record['correct'] / record['total']:.2f} % ({record['correct']}/{record['total']})"
+    parts = [f"loss {record['loss']:.4f}", f"h {record['surrogate_gap']:.4f}", f"lr {record['lr']:.2e}"]
+    parts += [f"rho {record['rho']:.3f}", f"{record['images_per_second']:.0f} images/s", f"ETA {clock(record['eta'])}"]
+    return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def read_log(path: Path) -> list[Record]:
+    """All whole records of a log; a line cut off by a crash is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def start_wandb(run_dir: Path, cfg: Config, run_id: str) -> Any:
+    """The W&B run, always of the same id, or None when it is disabled or will not start."""
+    mode = cfg.log.wandb
+    if mode == "auto":
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        known = netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
+        mode = "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            project=cfg.log.project,
+            id=run_id,
+            name=run_id,
+            group=cfg.log.group,
+            dir=str(run_dir),
+            mode=mode,  # pyright: ignore[reportArgumentType]: validated
+            resume="allow",
+            config=to_dict(cfg),
+            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+        )
+    except Exception as error:  # no network, no package, a bad key: the run goes on without
+        warnings.warn(f"W&B did not start, log.jsonl has everything: {error}", stacklevel=1)
+        return None

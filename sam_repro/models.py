@@ -1,0 +1,74 @@
+"""Models of the paper's Table 1 through timm, initialised as the reference initialises them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import timm
+from timm.layers.weight_init import lecun_normal_
+from timm.models.mlp_mixer import MlpMixer
+from torch import nn
+
+from sam_repro.config import ModelConfig, nearest
+from sam_repro.errors import UserError
+
+# Sigmoid cross-entropy starts with every class improbable: sigmoid(-10) (official configuration, init_head_bias).
+SIGMOID_HEAD_BIAS = -10.0
+
+
+def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: str = "softmax") -> nn.Module:
+    """The model of `cfg` with a zero head, its bias -10 where the loss is "sigmoid".
+
+    Args:
+        num_classes: outputs of the head.
+        image_size: side of the input in pixels; must be a multiple of the patch size.
+        loss: "sigmoid" | "softmax".
+
+    Raises:
+        UserError: for a name that timm does not have, or arguments that it does not take.
+    """
+    kwargs = dict(cfg.kwargs) | (cfg.tiny_kwargs if cfg.tiny else {})
+    kwargs["num_classes"] = num_classes
+    if cfg.family != "resnet":
+        kwargs["img_size"] = image_size
+    try:
+        model = create(cfg.timm, kwargs)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model {cfg.name}: timm's {cfg.timm} refused {kwargs}: {error}") from error
+    initialise(model, cfg.family)
+    head = model.get_classifier()
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, SIGMOID_HEAD_BIAS if loss == "sigmoid" else 0.0)
+    return model
+
+
+def create(name: str, kwargs: dict) -> nn.Module:
+    """timm.create_model, and the one model of Table 1 that timm lacks."""
+    if kwargs.get("act_layer") == "gelu_tanh":  # flax's GELU is the tanh approximation; Mixers take no name
+        kwargs = kwargs | {"act_layer": partial(nn.GELU, approximate="tanh")}
+    if name == "mixer_s8_224":
+        return MlpMixer(**({"patch_size": 8, "num_blocks": 8, "embed_dim": 512} | kwargs))
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    return timm.create_model(name, **kwargs)
+
+
+def initialise(model: nn.Module, family: str) -> None:
+    """Redo the parts of timm's initialisation that differ from the reference's (docs/DEVIATIONS.md, D-06).
+
+    ViT (big_vision): q, k, v are three Xavier matrices, not one fused one; position embeddings have standard
+    deviation 1/sqrt(D). Mixer (flax's default): Dense and patch kernels are LeCun normal, biases zero. ResNet:
+    timm's He-normal and zero last scale are already the reference's.
+    """
+    if family == "vit":
+        for name, module in model.named_modules():
+            if name.endswith("attn.qkv"):
+                for part in module.weight.chunk(3):
+                    nn.init.xavier_uniform_(part)
+        nn.init.normal_(model.pos_embed, std=1 / math.sqrt(model.embed_dim))
+    if family == "mixer":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                lecun_normal_(module.weight)
+                nn.init.zeros_(module.bias)

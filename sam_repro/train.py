@@ -1,0 +1,456 @@
+"""Train one model with one method. `main` reads from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from sam_repro import checkpoint, ledger
+from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
+from sam_repro.data import Loader, build_loader
+from sam_repro.distributed import Ranks, init_ranks
+from sam_repro.errors import UserError
+from sam_repro.evaluate import count_correct
+from sam_repro.lock import RunLock
+from sam_repro.log import RunLog, clock, read_log
+from sam_repro.models import build_model
+from sam_repro.optim import METRICS, GradientStep, build_base, decay_groups, lr_at, rho_at
+
+AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
+VANILLA_GROUP = 512  # images a pass where groups do not matter: bounds memory, changes nothing
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop, and saved; the exit code is 128 + the signal, as a shell expects."""
+
+
+def main(cfg: Config) -> ledger.Row:
+    """Train, evaluate and write the ledger row of `cfg`; resume or return the row where there is one.
+
+    Returns:
+        the ledger row: status "done" or "diverged", counts, curves, provenance.
+
+    Raises:
+        UserError: bad input, in one sentence.
+        Interrupted: after saving, on SIGTERM, SIGUSR2 or Ctrl-C.
+    """
+    # ---- setup -----------------------------------------------------------------------------------------------
+    validate(cfg)
+    name, run_dir = run_id(cfg), Path(cfg.log.runs_dir) / run_id(cfg)
+    row_path = ledger.row_path(cfg.log.ledger_dir, name)
+    if row_path.exists():
+        print(f"{name} is {ledger.read_row(row_path)['status']}: {row_path}", file=sys.stderr)
+        return ledger.read_row(row_path)
+    ranks = init_ranks(cfg.train.device)
+    bf16 = use_bf16(cfg.train.dtype, ranks.device)
+    seed_everything(cfg, ranks)
+    lock = open_run(cfg, run_dir) if ranks.main else None
+    stop = StopSignal()
+    try:
+        # ---- data ------------------------------------------------------------------------------------------------
+        local_batch = split_batch(cfg, ranks.world)
+        loader_of = loader_factory(cfg, ranks)
+        train_loader = loader_of("train", training=True, batch_size=local_batch)
+        splits = ["minival", "val"] if cfg.data.train_fraction < 1 else ["val"]
+        eval_loaders = {s: loader_of(s, training=False, batch_size=cfg.data.eval_batch_size) for s in splits}
+        steps_per_epoch = len(train_loader)
+        if steps_per_epoch == 0:
+            raise UserError(
+                f"the training split has {train_loader.samples} images, fewer than one batch of {cfg.recipe.batch_size}"
+            )
+        total = cfg.recipe.steps or max(1, int(cfg.recipe.epochs * train_loader.samples / cfg.recipe.batch_size))
+
+        # ---- model and method ------------------------------------------------------------------------------------
+        model = build_model(
+            cfg.model, num_classes=cfg.data.num_classes, image_size=cfg.data.image_size, loss=cfg.recipe.loss
+        ).to(ranks.device)
+        step = gradient_step(cfg, model, ranks, local_batch=local_batch, bf16=bf16)
+        base = build_base(
+            cfg.recipe.base,
+            decay_groups(model.named_parameters(), cfg.recipe.weight_decay, decay=cfg.recipe.decay),
+            lr=cfg.recipe.lr,
+            momentum=cfg.recipe.momentum,
+            nesterov=cfg.recipe.nesterov,
+            betas=(cfg.recipe.betas[0], cfg.recipe.betas[1]),
+            eps=cfg.recipe.eps,
+        )
+
+        # ---- resume ----------------------------------------------------------------------------------------------
+        done, seconds = 0, 0.0
+        totals, counted = torch.zeros(len(METRICS), device=ranks.device), 0
+        state, damaged = checkpoint.load_newest(run_dir, config_hash=config_hash(cfg), device=ranks.device)
+        if state is not None:
+            model.load_state_dict(state["model"])
+            base.load_state_dict(state["base"])
+            done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
+        log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
+        for sentence in damaged:
+            log.say(sentence)
+        log.say(
+            f"{name}: {total} steps of {cfg.recipe.batch_size} images ({total / steps_per_epoch:.1f} epochs) on "
+            f"{ranks.world} x {hardware(ranks)}, {'bf16' if bf16 else 'fp32'}, {train_loader.backend} loader"
+            + (f", resumed at step {done}" if done else "")
+        )
+
+        def save(score: float | None = None) -> None:
+            """Save everything that step `done` + 1 depends on; rank 0 writes."""
+            average_buffers(model, ranks)
+            state = {"model": model.state_dict(), "base": base.state_dict(), "step": done}
+            state |= {"seconds": seconds, "totals": totals, "counted": counted}
+            if ranks.main:
+                checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)
+
+        def evaluate() -> dict[str, dict[str, int]]:
+            """Exact counts on every evaluation split."""
+            average_buffers(model, ranks)
+            model.eval()
+            forward = forward_of(cfg, model, ranks.device, bf16=bf16)
+            counts = {s: count_correct(lambda x: forward({}, x), ld, ranks) for s, ld in eval_loaders.items()}
+            model.train()
+            for split, count in counts.items():
+                log.record({"step": done, "eval": split, **count})
+            return counts
+
+        # ---- loop ------------------------------------------------------------------------------------------------
+        eval_every = round(cfg.train.eval_every_epochs * steps_per_epoch) or total
+        lr_schedule = lr_schedule_of(cfg, total)
+        status, counts = "done", {}
+        saved_at = tick = time.perf_counter()
+        model.train()
+        for images, labels in batches(train_loader, done, total):
+            lr = lr_schedule(done)
+            for group in base.param_groups:
+                group["lr"] = lr
+            rho = rho_of(cfg, lr)
+            totals += step(images, labels, rho=rho, seed=step_seed(cfg.seed, done))
+            if cfg.recipe.clip:
+                step.clip_(cfg.recipe.clip)
+            base.step()
+            done, counted = done + 1, counted + 1
+            log.step()
+
+            due = done % cfg.train.log_every == 0 or done == total
+            agree = done % AGREE_EVERY == 0 or ranks.world == 1
+            late = agree and ranks.any(time.perf_counter() - saved_at > 60 * cfg.train.save_every_minutes)
+            stopping = agree and ranks.any(stop.received is not None)
+            evaluating = done % eval_every == 0 or done == total
+            saving = late or stopping or evaluating
+            saving = saving or bool(cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0)
+            if due or saving:
+                means = dict(zip(METRICS, (totals / counted).tolist(), strict=True))
+                now = time.perf_counter()
+                seconds, elapsed, tick = seconds + now - tick, now - tick, now
+                if not np.isfinite(means["loss"] + means["grad_norm"]):
+                    status = "diverged"
+            if due:
+                log.record(
+                    {"step": done, "epoch": done / steps_per_epoch, **means, "lr": lr, "rho": rho}
+                    | rates(elapsed, counted, total - done, cfg.recipe.batch_size, seconds, ranks.world)
+                )
+                totals, counted = torch.zeros_like(totals), 0
+            if status == "diverged":
+                log.say(f"the loss is not finite at step {done}: stopping; the last good checkpoint is kept in {run_dir}")
+                break
+            if evaluating:
+                counts = evaluate()
+            if saving:
+                first = next(iter(counts.values())) if evaluating else None
+                save(first["correct"] / first["total"] if first else None)
+                saved_at = tick = time.perf_counter()
+            if stopping and done < total:
+                log.say(f"stopped at step {done} of {total} and saved; the same command goes on from there")
+                log.close()
+                raise Interrupted(128 + (stop.received or signal.SIGTERM))
+
+        # ---- ledger ----------------------------------------------------------------------------------------------
+        log.close()
+        row = {
+            "run_id": name,
+            "status": status,
+            "seed": cfg.seed,
+            "step": done,
+            "steps": total,
+            "steps_per_epoch": steps_per_epoch,
+            "evals": counts,
+            "config": to_dict(cfg),
+            "config_hash": config_hash(cfg),
+            "overrides": overrides(),
+            "manifest": train_loader.manifest,
+            "backend": train_loader.backend,
+            "m": step.m,
+            "world": ranks.world,
+            "hardware": hardware(ranks),
+            "dtype": "bf16" if bf16 else "fp32",
+            "hours": seconds * ranks.world / 3600,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **ledger.provenance(),
+        }
+        if ranks.main:
+            row["curves"] = curves(read_log(run_dir / "log.jsonl"))
+            if status == "done":
+                checkpoint.export(model, run_dir / "model.safetensors", {"run_id": name, "timm": cfg.model.timm})
+            path = ledger.write_row(cfg.log.ledger_dir, row)
+            print(report(row, path), file=sys.stderr)
+        return row
+    finally:
+        stop.restore()
+        if lock is not None:
+            lock.release()
+        ranks.close()
+
+
+# ---- pieces of main ------------------------------------------------------------------------------------------------
+
+
+def use_bf16(dtype: str, device: torch.device) -> bool:
+    """Whether the passes run under bf16 autocast."""
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bf16" and not supported:
+        raise UserError(f"train.dtype=bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic; use fp32")
+    return dtype == "bf16" or (dtype == "auto" and supported and device.type == "cuda")
+
+
+def seed_everything(cfg: Config, ranks: Ranks) -> None:
+    """Equal initial weights on all ranks; deterministic algorithms where asked for."""
+    torch.manual_seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    torch.use_deterministic_algorithms(cfg.train.deterministic)
+    torch.backends.cudnn.benchmark = not cfg.train.deterministic
+    if cfg.train.deterministic and ranks.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def open_run(cfg: Config, run_dir: Path) -> RunLock:
+    """Make the run directory, take its lock, and leave the resolved configuration in it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run_dir)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"cannot write in {run_dir}: {error}") from error
+    return lock
+
+
+def split_batch(cfg: Config, world: int) -> int:
+    """Images a rank, a step."""
+    local, rest = divmod(cfg.recipe.batch_size, world)
+    if rest:
+        raise UserError(f"recipe.batch_size={cfg.recipe.batch_size} does not divide over {world} processes")
+    if cfg.optim.perturb != "none" and local % cfg.optim.m:
+        raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process")
+    return local
+
+
+def loader_factory(cfg: Config, ranks: Ranks) -> Callable[..., Loader]:
+    """build_loader with everything that the splits share filled in."""
+
+    def loader_of(split: str, *, training: bool, batch_size: int) -> Loader:
+        return build_loader(
+            cfg.data,
+            cfg.augment,
+            split=split,  # pyright: ignore[reportArgumentType]
+            training=training,
+            batch_size=batch_size,
+            seed=cfg.seed,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=ranks.device,
+        )
+
+    return loader_of
+
+
+def forward_of(
+    cfg: Config, model: nn.Module, device: torch.device, *, bf16: bool
+) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """(params | buffers, uint8 images (B, 3, H, W)) -> fp32 logits (B, classes); {} means the model's own."""
+    mean = 255 * torch.tensor(cfg.data.mean, device=device).view(1, 3, 1, 1)
+    scale = 1 / (255 * torch.tensor(cfg.data.std, device=device).view(1, 3, 1, 1))
+    layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
+
+    def forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
+        x = ((images.float() - mean) * scale).contiguous(memory_format=layout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return torch.func.functional_call(model, tensors, (x,)).float()
+
+    return forward
+
+
+def loss_of(cfg: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits (B, classes), labels (B,)) -> mean loss. Sigmoid: sum over classes of binary cross-entropies."""
+    if cfg.recipe.loss == "softmax":
+        return lambda z, y: F.cross_entropy(z, y, label_smoothing=cfg.recipe.label_smoothing)
+    return lambda z, y: (F.softplus(z).sum(1) - z.gather(1, y[:, None]).squeeze(1)).mean()
+
+
+def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: int, bf16: bool) -> GradientStep:
+    """The engine for this model and method."""
+    forward, loss = forward_of(cfg, model, ranks.device, bf16=bf16), loss_of(cfg)
+
+    def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        return loss(forward(tensors, images), labels)
+
+    buffers = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[-1] in RUNNING}
+    m = cfg.optim.m
+    if cfg.optim.perturb == "none" and not buffers:  # the mean gradient does not depend on the groups
+        m = max(d for d in range(1, min(local_batch, VANILLA_GROUP) + 1) if local_batch % d == 0)
+    return GradientStep(
+        torch.compile(objective, dynamic=False) if cfg.train.compile else objective,
+        {n: p for n, p in model.named_parameters() if p.requires_grad},
+        buffers=buffers,
+        perturb=cfg.optim.perturb,
+        combine=cfg.optim.combine,
+        alpha=cfg.optim.alpha,
+        m=m,
+        all_reduce=ranks.sum_ if ranks.world > 1 else None,
+        rank=ranks.rank,
+        world=ranks.world,
+        stochastic=any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules()),
+    )
+
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def average_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """BatchNorm's running statistics become their mean over the ranks, as the reference's at evaluation."""
+    if ranks.world > 1:
+        for name, buffer in model.named_buffers():
+            if name.endswith(RUNNING[:2]):
+                ranks.sum_(buffer).div_(ranks.world)
+
+
+def lr_schedule_of(cfg: Config, total: int) -> Callable[[int], float]:
+    """step -> learning rate."""
+    r = cfg.recipe
+    return lambda step: lr_at(
+        step, total, peak=r.lr, warmup=r.warmup_steps, kind=r.schedule, min_ratio=r.lr_min_ratio
+    )
+
+
+def rho_of(cfg: Config, lr: float) -> float:
+    """The radius at learning rate `lr`."""
+    o, r = cfg.optim, cfg.recipe
+    if o.rho_schedule == "constant":
+        return o.rho_max
+    return rho_at(
+        lr, lr_max=r.lr, lr_min=r.lr * r.lr_min_ratio, rho_max=o.rho_max, rho_min=o.rho_min, faithful=o.faithful_rho
+    )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """One seed a step, for dropout: a function of the run's seed and the step alone, so that resuming is exact."""
+    return seed * 10_000_019 + step
+
+
+def batches(loader: Loader, done: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of updates `done` ... `total` - 1, starting in the middle of an epoch if need be."""
+    while done < total:
+        epoch, start = divmod(done, len(loader))
+        for batch in loader.epoch(epoch, start):
+            yield batch
+            done += 1
+            if done == total:
+                return
+
+
+def rates(elapsed: float, counted: int, left: int, batch: int, seconds: float, world: int) -> dict[str, float]:
+    """Speed over the last interval, time left, and processor-hours so far."""
+    per_step = elapsed / counted
+    return {
+        "images_per_second": batch / per_step,
+        "step_seconds": per_step,
+        "eta": per_step * left,
+        "hours": seconds * world / 3600,
+    }
+
+
+def hardware(ranks: Ranks) -> str:
+    """The processor that does the arithmetic."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU {ledger.cpu_name()}"
+
+
+def curves(records: list[dict[str, Any]], most: int = 200) -> dict[str, Any]:
+    """The log thinned to at most `most` training points; all evaluations."""
+    training = [r for r in records if "eval" not in r]
+    kept = training[:: max(1, -(-len(training) // most))]
+    keys = ("step", *METRICS, "lr", "rho", "step_seconds")
+    evals = [{k: r[k] for k in ("step", "eval", "correct", "total")} for r in records if "eval" in r]
+    return {"train": {k: [r[k] for r in kept] for k in keys}, "eval": evals}
+
+
+def report(row: ledger.Row, path: Path) -> str:
+    """The last line a person reads."""
+    scores = ", ".join(f"{s} {100 * c['correct'] / c['total']:.2f} %" for s, c in row["evals"].items())
+    return f"{row['run_id']} {row['status']}: {scores or 'no evaluation'} after {clock(3600 * row['hours'])}; {path}"
+
+
+def overrides() -> list[str]:
+    """What was typed after train.py, to repeat the run."""
+    return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGUSR2 (SLURM's warning) or Ctrl-C until the step is over."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before = {}
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self.receive)
+            except ValueError:  # not the main thread: whoever is, decides
+                break
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Note the signal; a second Ctrl-C ends the process at once."""
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def cli() -> None:
+    """`python train.py ...`: Hydra's command line around `main`, and one sentence for whatever is wrong."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
+    register_schema()
+    statuses: list[str] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def run(cfg: DictConfig) -> None:
+        statuses.append(main(typed(cfg))["status"])
+
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, overrides())}", file=sys.stderr)
+        sys.exit(2)
+    if "diverged" in statuses:
+        sys.exit(3)
