@@ -1,0 +1,122 @@
+"""Batches of images: `build_loader` gives the same samples, order and crops with or without FFCV."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.data.batches import worker_count
+from sam_repro.data.crop import evaluation_geometry, training_geometry
+from sam_repro.data.datasets import BetonSource, ensure, open_source, root_of
+from sam_repro.data.order import Plan, holdout
+from sam_repro.data.torch_loader import TorchLoader
+from sam_repro.errors import UserError
+
+__all__ = ["Loader", "build_loader", "ensure", "resolve_backend"]
+
+
+class Loader(Protocol):
+    """Batches of one split on one rank."""
+
+    backend: str  # ffcv | torch
+    samples: int  # of this split, all ranks together
+    manifest: str  # 16 hexadecimal digits that name the data
+
+    def __len__(self) -> int:
+        """Batches an epoch on this rank."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches start, start + 1, ... of one epoch: (images uint8 [B, 3, H, W], labels int64 [B]) on the device.
+
+        Images have channels-last strides. Every batch is a fresh tensor and may be kept. Leaving early is fine: close
+        the iterator, or let it go, and its threads are idle again. An unreadable sample raises UserError.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the threads and close the file."""
+        ...
+
+
+def resolve_backend(data: DataConfig) -> tuple[str, str]:
+    """(backend, the reason in one sentence) for this data on this machine.
+
+    Raises UserError when data.backend forces what cannot be.
+    """
+    if data.backend not in ("auto", "ffcv", "torch"):
+        raise UserError(f"data.backend={data.backend} does not exist (choices: auto, ffcv, torch)")
+    if data.backend == "torch":
+        return "torch", "data.backend=torch was asked for"
+    ensure(data)
+    if data.name == "synthetic":
+        obstacle = "synthetic images are made in memory"
+    elif not (root_of(data) / "train.beton").exists():
+        obstacle = f"{root_of(data)} has class folders and no train.beton, which `sam-repro write` makes"
+    elif importlib.util.find_spec("ffcv") is None:
+        obstacle = "ffcv is not installed"
+    else:
+        return "ffcv", f"ffcv is installed and {root_of(data) / 'train.beton'} exists"
+    if data.backend == "ffcv":
+        raise UserError(f"data.backend=ffcv is impossible: {obstacle}")
+    return "torch", obstacle
+
+
+def build_loader(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    split: str,
+    training: bool,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device,
+) -> Loader:
+    """The loader of one split on one rank.
+
+    Args:
+        split: train (without the held-out part), minival (the held-out part of the training file), or val.
+        training: shuffled, augmented and complete batches only; else in order, centre-cropped, every image once.
+        batch_size: of this rank.
+        seed: of the order and the augmentation; nothing else depends on it.
+
+    Raises:
+        UserError: missing or damaged data, other classes than configured, more batch than data.
+    """
+    if split not in ("train", "minival", "val"):
+        raise UserError(f"there is no split {split} (choices: train, minival, val)")
+    backend, _ = resolve_backend(data)
+    geometry = training_geometry(data, augment) if training else evaluation_geometry(data)
+    source = open_source(data, "val" if split == "val" else "train")
+    plan = Plan(_members(source.labels, data, split), batch_size, seed, training, rank, world)
+    if training and len(plan) == 0:
+        source.close()
+        raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
+    workers = worker_count(data.workers, world)
+    if backend == "ffcv" and isinstance(source, BetonSource):
+        from sam_repro.data.ffcv_loader import FFCVLoader  # importing ffcv takes seconds: only when it is used
+
+        return FFCVLoader(source, plan, geometry, workers=workers, device=device)
+    return TorchLoader(source, plan, geometry, workers=workers, device=device)
+
+
+def _members(labels: np.ndarray, data: DataConfig, split: str) -> np.ndarray:
+    """The sample numbers of a split within its source."""
+    if split == "val":
+        return np.arange(len(labels))
+    if not 0 < data.train_fraction <= 1:
+        raise UserError(f"data.train_fraction={data.train_fraction} is not in (0, 1]")
+    train, minival = holdout(labels, data.train_fraction)
+    if split == "train":
+        return train
+    if len(minival) == 0:
+        raise UserError(f"there is no minival: data.train_fraction={data.train_fraction} holds nothing out")
+    return minival

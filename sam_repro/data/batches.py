@@ -1,0 +1,71 @@
+"""What both backends share: rendering a batch in threads, and bringing batches to the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AHEAD = 3  # batches in preparation while one is used
+MAX_WORKERS = 16
+CHUNK = 8  # samples a task: small enough to balance, large enough that Python's share is small
+
+
+def worker_count(configured: int, world: int) -> int:
+    """Decoding threads of this rank: as configured, else this rank's share of the cores, 1 to 16."""
+    if configured > 0:
+        return configured
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        cores = int(os.environ["SLURM_CPUS_PER_TASK"])
+    else:
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return min(max(cores, 1), MAX_WORKERS)
+
+
+def empty_batch(count: int, size: int, device: torch.device) -> Tensor:
+    """uint8 [count, size, size, 3] on the host, page-locked when it goes to a GPU."""
+    return torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+Fill = Callable[[np.ndarray, np.ndarray, int], None]  # (sample numbers, uint8 [n, size, size, 3] to fill, epoch)
+
+
+def start_batch(pool: ThreadPoolExecutor, fill: Fill, indices: np.ndarray, out: np.ndarray, epoch: int) -> list[Future]:
+    """Begin to fill `out` with the samples `indices`, a chunk a task."""
+    chunks = range(0, len(indices), CHUNK)
+    return [pool.submit(fill, indices[i : i + CHUNK], out[i : i + CHUNK], epoch) for i in chunks]
+
+
+def upload(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Host batches (uint8 [B, H, W, 3], labels) as (uint8 [B, 3, H, W] with channels-last strides, labels) on `device`.
+
+    On a GPU the next batch is copied on a stream of its own while the current one is used. Every batch is a fresh
+    tensor: it may be kept.
+    """
+    if device.type != "cuda":
+        for images, labels in batches:
+            yield images.permute(0, 3, 1, 2), labels
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: tuple[Tensor, Tensor] | None = None
+    for images, labels in batches:
+        with torch.cuda.stream(stream):
+            copied = images.to(device, non_blocking=True), labels.pin_memory().to(device, non_blocking=True)
+        if waiting is not None:
+            yield _arrived(waiting, stream)
+        waiting = copied
+    if waiting is not None:
+        yield _arrived(waiting, stream)
+
+
+def _arrived(batch: tuple[Tensor, Tensor], stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+    """Make the current stream wait for the copies, and the allocator aware of who uses them."""
+    current = torch.cuda.current_stream(batch[0].device)
+    current.wait_stream(stream)
+    for tensor in batch:
+        tensor.record_stream(current)
+    return batch[0].permute(0, 3, 1, 2), batch[1]

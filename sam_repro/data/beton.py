@@ -1,0 +1,221 @@
+"""FFCV's .beton format, version 2, read and written without FFCV.
+
+Layout (little-endian): header (24 bytes), one descriptor a field (1,041 bytes), one metadata row a sample (24 bytes),
+zeros up to a page, pages of data, allocation table (24 bytes a sample). No sample crosses a page, which is what
+FFCV's own page reader needs. Our files have the fields `image` (RGBImageField, always JPEG) and `label` (IntField),
+and FFCV's Loader reads them. FFCV believes whatever a file says and crashes, hangs or returns garbage when it is
+damaged, so everything is checked here before FFCV sees it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sam_repro.errors import UserError
+
+VERSION = 2
+PAGE = 1 << 23  # bytes: FFCV's default, and so the largest image
+MIN_SIDE, MAX_SIDE = 8, 65535  # pixels: FFCV aborts on slivers; sizes are stored in 16 bits
+CHECKED_STARTS = 4096  # images whose first bytes are looked at when a file is opened
+
+HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
+SAMPLE = np.dtype({"names": ["image", "label"], "formats": [IMAGE, "<i8"], "offsets": [0, 16], "itemsize": 24})
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+INT_TYPE, IMAGE_TYPE, JPEG_MODE = 1, 2, 0
+FIELDS = ((IMAGE_TYPE, b"image"), (INT_TYPE, b"label"))
+METADATA_AT = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+
+
+@dataclass(frozen=True)
+class BetonFile:
+    """An opened and checked file. Arrays have one element a sample.
+
+    Reading uses pread, so that any number of threads may call `jpeg`; a file of any size needs no memory.
+    """
+
+    path: Path
+    descriptor: int  # of the open file
+    labels: np.ndarray  # int64
+    heights: np.ndarray  # int64, pixels
+    widths: np.ndarray  # int64, pixels
+    pointers: np.ndarray  # int64, byte at which the JPEG starts
+    sizes: np.ndarray  # int64, bytes of the JPEG
+    table_sha256: str  # of header, metadata and allocation table: all but the pixels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def jpeg(self, index: int) -> bytes:
+        """The JPEG stream of one sample."""
+        return os.pread(self.descriptor, int(self.sizes[index]), int(self.pointers[index]))
+
+    def close(self) -> None:
+        """Close the file; `jpeg` no longer works."""
+        os.close(self.descriptor)
+
+    @classmethod
+    def open(cls, path: str | Path) -> BetonFile:
+        """Open `path` and check everything but the pixels. Raises UserError with the reason when it is unusable."""
+        path = Path(path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot open {path}: {error.strerror}") from None
+        try:
+            return cls._parse(path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def _parse(cls, path: Path, descriptor: int) -> BetonFile:
+        length = os.fstat(descriptor).st_size
+        head = os.pread(descriptor, METADATA_AT, 0)
+        if len(head) < METADATA_AT:
+            raise UserError(f"{path} is not a .beton file: it has only {length} bytes")
+        header = np.frombuffer(head, HEADER, 1)[0]
+        fields = np.frombuffer(head, FIELD, len(FIELDS), HEADER.itemsize)
+        samples, table, page = int(header["samples"]), int(header["table"]), int(header["page"])
+        if header["version"] != VERSION or page < 1 << 21 or page & (page - 1):
+            raise UserError(f"{path} is not a .beton file of version {VERSION}")
+        if header["fields"] != len(FIELDS) or [(f["type"], f["name"]) for f in fields] != list(FIELDS):
+            raise UserError(f"{path} has other fields than image (RGB) and label (int)")
+        if samples == 0:
+            raise UserError(f"{path} has no samples")
+        if table == 0:
+            raise UserError(f"{path} is truncated: its writer did not finish")
+        expected = table + samples * ALLOCATION.itemsize
+        if length < expected:
+            raise UserError(f"{path} is truncated: {length} bytes of {expected}")
+        if length > expected or METADATA_AT + samples * SAMPLE.itemsize > table:
+            raise UserError(f"{path} is damaged: its header does not fit its {length} bytes")
+
+        raw_metadata = _read(descriptor, METADATA_AT, samples * SAMPLE.itemsize)
+        raw_table = _read(descriptor, table, samples * ALLOCATION.itemsize)
+        metadata, allocations = np.frombuffer(raw_metadata, SAMPLE), np.frombuffer(raw_table, ALLOCATION)
+        allocations = allocations[np.argsort(allocations["sample"], kind="stable")]
+        image, size = metadata["image"], allocations["size"].astype(np.int64)
+        pointer = allocations["pointer"].astype(np.int64)
+        first = -(-(METADATA_AT + samples * SAMPLE.itemsize) // page) * page
+        sound = (
+            np.array_equal(allocations["sample"], np.arange(samples, dtype=np.uint64))
+            and np.array_equal(allocations["pointer"], image["pointer"])
+            and pointer.min() >= first
+            and size.min() > 4
+            and size.max() <= page
+            and (pointer + size).max() <= table
+            and np.array_equal(pointer // page, (pointer + size - 1) // page)
+        )
+        if not sound:
+            raise UserError(f"{path} is damaged: its allocation table does not fit its samples")
+        if image["mode"].any():
+            raise UserError(f"{path} holds raw pixels; this project reads JPEG .beton files (`sam-repro write`)")
+        if min(image["height"].min(), image["width"].min()) < MIN_SIDE:
+            raise UserError(f"{path} is damaged or unusable: an image is smaller than {MIN_SIDE} pixels")
+        if metadata["label"].min() < 0:
+            raise UserError(f"{path} is damaged: a label is negative")
+        for index in np.linspace(0, samples - 1, min(samples, CHECKED_STARTS)).astype(int):
+            if os.pread(descriptor, 2, int(pointer[index])) != b"\xff\xd8":
+                raise UserError(f"{path} is damaged: sample {index} is not a JPEG")
+        return cls(
+            path=path,
+            descriptor=descriptor,
+            labels=metadata["label"].astype(np.int64),
+            heights=image["height"].astype(np.int64),
+            widths=image["width"].astype(np.int64),
+            pointers=pointer,
+            sizes=size,
+            table_sha256=hashlib.sha256(head + raw_metadata + raw_table).hexdigest(),
+        )
+
+
+def _read(descriptor: int, start: int, count: int) -> bytes:
+    """`count` bytes from `start`; one pread returns at most 2 GiB."""
+    parts = []
+    while count:
+        part = os.pread(descriptor, min(count, 1 << 30), start)
+        assert part, "file shrank while it was read"
+        parts.append(part)
+        start, count = start + len(part), count - len(part)
+    return b"".join(parts)
+
+
+def write_beton(path: str | Path, samples: Iterable[tuple[bytes, int, int, int]], *, capacity: int) -> int:
+    """Write (jpeg, height, width, label) samples to `path` and return their number.
+
+    The file appears under its name only when it is complete and on the disk; the iterator is consumed as it is
+    written, so memory does not grow with it.
+
+    Args:
+        capacity: an upper bound of the number of samples; room for their metadata comes before the data.
+
+    Raises:
+        UserError: when the disk is full or a sample does not fit the format.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "w+b") as file:
+            count = _write(file, samples, capacity)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return count
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full: {path} was not written") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(file, samples: Iterable[tuple[bytes, int, int, int]], capacity: int) -> int:
+    metadata = np.zeros(capacity, SAMPLE)
+    allocations = np.zeros(capacity, ALLOCATION)
+    position = -(-(METADATA_AT + metadata.nbytes) // PAGE) * PAGE
+    file.seek(position)
+    count = 0
+    for jpeg, height, width, label in samples:
+        if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
+            raise UserError(f"sample {count} is {width}x{height} pixels; sides must be {MIN_SIDE} to {MAX_SIDE}")
+        if len(jpeg) > PAGE:
+            raise UserError(f"sample {count} has {len(jpeg)} bytes; a .beton page holds {PAGE}")
+        left = PAGE - position % PAGE
+        if len(jpeg) > left:
+            file.write(bytes(left))
+            position += left
+        file.write(jpeg)
+        metadata[count] = ((JPEG_MODE, width, height, position), label)
+        allocations[count] = (count, position, len(jpeg))
+        position += len(jpeg)
+        count += 1
+    if count == 0:
+        raise UserError("there is no sample to write")
+    table = -(-position // PAGE) * PAGE
+    file.write(bytes(table - position))
+    file.write(allocations[:count].tobytes())
+    fields = np.array([(kind, name, b"") for kind, name in FIELDS], FIELD)
+    file.seek(0)
+    file.write(np.array([(VERSION, len(FIELDS), PAGE, count, table)], HEADER).tobytes())
+    file.write(fields.tobytes())
+    file.write(metadata[:count].tobytes())
+    return count
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Delete what writers of `path` that were killed on this machine left behind."""
+    path = Path(path)
+    for partial in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.partial"):
+        pid = int(partial.name.split(".")[-2])
+        if not Path(f"/proc/{pid}").exists():
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,261 @@
+"""Where an image is cut and how it is resampled: one geometry for every backend.
+
+The kernels are compiled once a machine (numba, cached on disk) and run without the GIL, so that any thread may call
+them. Randomness is a hash of (seed, epoch, sample index, draw number): the same sample gets the same crop whatever
+the number of workers, ranks or the position in the epoch. No fused or reordered arithmetic is allowed, so the pixels
+are equal on every machine.
+
+Training (`inception`) follows the rule of TensorFlow's sample_distorted_bounding_box, which the papers' code uses:
+the aspect ratio is uniform, then the *height* is uniform among those that keep the area in range (so the area is not
+uniform), up to 100 attempts, then the whole image. Evaluation resizes the short side by exact area averaging and
+cuts the centre (big_vision's resize_small and central_crop).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.errors import UserError
+
+CENTRE, INCEPTION, PAD = 0, 1, 2
+ATTEMPTS = 100  # TensorFlow's max_attempts
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+_S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+
+
+class Geometry(NamedTuple):
+    """What the kernels need to know. A tuple of scalars, so that a change of value recompiles nothing."""
+
+    mode: int  # CENTRE | INCEPTION | PAD
+    size: int  # pixels: side of the square output
+    resize: int  # CENTRE: short side before the cut
+    area_min: float  # INCEPTION: fraction of the image's area
+    area_max: float
+    ratio_min: float  # INCEPTION: width / height
+    ratio_max: float
+    pad: int  # PAD: zeros on each side
+    flip: bool  # left-right with probability 1/2
+    antialias: bool  # INCEPTION: area average instead of plain bilinear
+
+
+def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
+    """The geometry of a training image. Raises UserError when a range makes no sense."""
+    modes = {"inception": INCEPTION, "pad": PAD, "none": CENTRE}
+    if augment.crop not in modes:
+        raise UserError(f"augment.crop={augment.crop} does not exist (choices: {', '.join(modes)})")
+    (area_min, area_max), (ratio_min, ratio_max) = augment.scale, augment.ratio
+    if not 0 < area_min <= area_max <= 1:
+        raise UserError(f"augment.scale={augment.scale} is not an increasing range within (0, 1]")
+    if not 0 < ratio_min <= ratio_max:
+        raise UserError(f"augment.ratio={augment.ratio} is not an increasing range of positive numbers")
+    return evaluation_geometry(data)._replace(
+        mode=modes[augment.crop],
+        area_min=float(area_min),
+        area_max=float(area_max),
+        ratio_min=float(ratio_min),
+        ratio_max=float(ratio_max),
+        pad=augment.pad,
+        flip=bool(augment.flip),
+        antialias=bool(data.antialias),
+    )
+
+
+def evaluation_geometry(data: DataConfig) -> Geometry:
+    """Short side to data.eval_resize, then the centre square of data.image_size."""
+    if data.eval_resize < data.image_size:
+        raise UserError(f"data.eval_resize={data.eval_resize} is smaller than data.image_size={data.image_size}")
+    return Geometry(CENTRE, data.image_size, data.eval_resize, 1.0, 1.0, 1.0, 1.0, 0, False, False)
+
+
+@njit(cache=True, nogil=True)
+def _mix(x):
+    """splitmix64's finaliser: a bijection of uint64 that scatters every bit."""
+    x = (x ^ (x >> _S30)) * _MIX1
+    x = (x ^ (x >> _S27)) * _MIX2
+    return x ^ (x >> _S31)
+
+
+@njit(cache=True, nogil=True)
+def stream(seed, epoch, index):
+    """uint64 key of the random stream that belongs to one sample in one epoch of one seed."""
+    key = _mix(np.uint64(seed) + _GOLDEN)
+    key = _mix((key ^ np.uint64(epoch)) + _GOLDEN)
+    return _mix((key ^ np.uint64(index)) + _GOLDEN)
+
+
+@njit(cache=True, nogil=True)
+def uniform(key, draw):
+    """The draw-th number of a stream: float64 in [0, 1)."""
+    return np.float64(_mix(key + np.uint64(draw) * _GOLDEN) >> _S11) * 2.0**-53
+
+
+@njit(cache=True, nogil=True)
+def hashes(seed, epoch, count):
+    """uint64 [count]: the keys of samples 0 .. count - 1. Sorting by them is a seeded permutation."""
+    out = np.empty(count, np.uint64)
+    for i in range(count):
+        out[i] = stream(seed, epoch, i)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _inception_box(key, height, width, g):
+    """(top, left, h, w) by TensorFlow's rule; draws 1 .. 4 * ATTEMPTS of the stream."""
+    least, most = g.area_min * height * width, g.area_max * height * width
+    for attempt in range(ATTEMPTS):
+        ratio = g.ratio_min + uniform(key, 4 * attempt + 1) * (g.ratio_max - g.ratio_min)
+        shortest = int(np.rint(np.sqrt(least / ratio)))
+        tallest = int(np.rint(np.sqrt(most / ratio)))
+        if np.rint(tallest * ratio) > width:  # the tallest box whose rounded width still fits
+            tallest = int((width + 0.5 - 1e-7) / ratio)
+            if np.rint(tallest * ratio) > width:
+                tallest -= 1
+        tallest = min(tallest, height)
+        shortest = min(shortest, tallest)
+        h = shortest + int(uniform(key, 4 * attempt + 2) * (tallest - shortest + 1))
+        w = int(np.rint(h * ratio))
+        if h * w < least:  # rounding may leave the range by a row: try the neighbour before giving up
+            h += 1
+            w = int(np.rint(h * ratio))
+        if h * w > most:
+            h -= 1
+            w = int(np.rint(h * ratio))
+        if h * w < least or h * w > most or h > height or w > width or h <= 0 or w <= 0:
+            continue
+        # TensorFlow's offsets are in [0, H - h): the last one is never drawn.
+        top = int(uniform(key, 4 * attempt + 3) * (height - h))
+        left = int(uniform(key, 4 * attempt + 4) * (width - w))
+        return top, left, h, w
+    return 0, 0, height, width
+
+
+@njit(cache=True, nogil=True)
+def crop_box(seed, epoch, index, height, width, geometry):
+    """(top, left, h, w, flip) of one sample.
+
+    INCEPTION and CENTRE: a box in pixels of the stored image. PAD: the shift, in -pad .. pad, of a size x size window
+    over the zero-padded image. Every backend and every test asks this one function.
+    """
+    key = stream(seed, epoch, index)
+    flip = geometry.flip and uniform(key, 0) < 0.5
+    if geometry.mode == INCEPTION:
+        top, left, h, w = _inception_box(key, height, width, geometry)
+    elif geometry.mode == PAD:
+        span = 2 * geometry.pad + 1
+        top = int(uniform(key, 1) * span) - geometry.pad
+        left = int(uniform(key, 2) * span) - geometry.pad
+        h, w = geometry.size, geometry.size
+    else:
+        top, left, h, w = 0, 0, height, width
+    return top, left, h, w, flip
+
+
+@njit(cache=True, nogil=True)
+def _axis(length, resized, start, count, area, reverse):
+    """Resampling one axis from `length` to `resized` pixels, output pixels start .. start + count - 1.
+
+    Returns (first, taps, weights): output j is the sum over t < taps[j] of weights[j, t] * input[first[j] + t].
+    Half-pixel centres. Area averages exact fractional boxes; it is used only to shrink, bilinear otherwise.
+    """
+    scale = length / resized
+    area = area and scale > 1.0
+    first = np.empty(count, np.int64)
+    taps = np.empty(count, np.int64)
+    weights = np.zeros((count, int(np.ceil(scale)) + 2), np.float32)
+    for j in range(count):
+        out = start + j
+        k = count - 1 - j if reverse else j
+        if area:
+            low, high = out * scale, (out + 1) * scale
+            begin, end = int(np.floor(low + 1e-9)), min(int(np.ceil(high - 1e-9)), length)
+            for i in range(begin, end):
+                weights[k, i - begin] = (min(i + 1.0, high) - max(float(i), low)) / scale
+            first[k], taps[k] = begin, end - begin
+        else:
+            x = (out + 0.5) * scale - 0.5
+            floor = int(np.floor(x))
+            begin, end = max(floor, 0), min(floor + 1, length - 1)
+            first[k] = begin
+            if begin == end:
+                taps[k], weights[k, 0] = 1, 1.0
+            else:
+                taps[k], weights[k, 0], weights[k, 1] = 2, 1.0 - (x - floor), x - floor
+    return first, taps, weights
+
+
+@njit(cache=True, nogil=True)
+def _resample(image, top, left, h, w, resized_h, resized_w, area, flip, out):
+    """The box of `image`, resized to resized_h x resized_w, its centre written to `out` (uint8, rounded half up).
+
+    Rows are resampled across first and kept while the next output row may need them, hence two row buffers.
+    """
+    rows, columns = out.shape[0], out.shape[1]
+    y_first, y_taps, y_weights = _axis(h, resized_h, (resized_h - rows) // 2, rows, area, False)
+    x_first, x_taps, x_weights = _axis(w, resized_w, (resized_w - columns) // 2, columns, area, flip)
+    buffers = np.empty((2, columns, 3), np.float32)
+    held = np.full(2, -1, np.int64)
+    total = np.empty((columns, 3), np.float32)
+    for y in range(rows):
+        total[:] = np.float32(0.5)
+        for t in range(y_taps[y]):
+            row = y_first[y] + t
+            buffer = buffers[row & 1]
+            if held[row & 1] != row:
+                held[row & 1] = row
+                source = image[top + row]
+                for x in range(columns):
+                    at = left + x_first[x]
+                    red = green = blue = np.float32(0.0)
+                    for s in range(x_taps[x]):
+                        weight = x_weights[x, s]
+                        red += weight * source[at + s, 0]
+                        green += weight * source[at + s, 1]
+                        blue += weight * source[at + s, 2]
+                    buffer[x, 0], buffer[x, 1], buffer[x, 2] = red, green, blue
+            weight = y_weights[y, t]
+            for x in range(columns):
+                for c in range(3):
+                    total[x, c] += weight * buffer[x, c]
+        for x in range(columns):
+            for c in range(3):
+                out[y, x, c] = np.uint8(min(total[x, c], np.float32(255.0)))
+
+
+@njit(cache=True, nogil=True)
+def _fit(image, short, flip, out):
+    """Short side to `short` pixels, then the centre of out's shape. Pixels are copied when nothing is resized."""
+    height, width = image.shape[0], image.shape[1]
+    ratio = short / min(height, width)
+    resized_h, resized_w = int(np.rint(height * ratio)), int(np.rint(width * ratio))
+    _resample(image, 0, 0, height, width, resized_h, resized_w, True, flip, out)
+
+
+@njit(cache=True, nogil=True)
+def render(image, out, geometry, seed, epoch, index):
+    """Cut, resample and flip one sample.
+
+    image: uint8 [H, W, 3], C-contiguous; out: uint8 [size, size, 3], overwritten.
+    """
+    height, width = image.shape[0], image.shape[1]
+    top, left, h, w, flip = crop_box(seed, epoch, index, height, width, geometry)
+    size = geometry.size
+    if geometry.mode == INCEPTION:
+        _resample(image, top, left, h, w, size, size, geometry.antialias, flip, out)
+    elif geometry.mode == CENTRE:
+        _fit(image, geometry.resize, flip, out)
+    else:
+        whole = np.empty((size, size, 3), np.uint8)
+        _fit(image, size, False, whole)
+        for y in range(size):
+            for x in range(size):
+                row, column = y + top, left + (size - 1 - x if flip else x)
+                inside = 0 <= row < size and 0 <= column < size
+                for c in range(3):
+                    out[y, x, c] = whole[row, column, c] if inside else np.uint8(0)

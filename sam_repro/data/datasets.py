@@ -1,0 +1,214 @@
+"""Where samples come from: .beton files, class folders, scikit-learn's digits, generated images.
+
+A source has `labels` (int64, one a sample), `classes` (names in order), `manifest` (16 hexadecimal digits that name
+the content) and `read(index)`, which returns one decoded image, uint8 [H, W, 3], from any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from sam_repro.config import DataConfig
+from sam_repro.data.beton import BetonFile, write_beton
+from sam_repro.data.crop import hashes
+from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, write_manifest
+from sam_repro.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+DIGITS_ROOT = "data/digits"
+DIGITS_SIDE = 32  # pixels
+SYNTHETIC_COUNTS = {"train": 256, "val": 64}
+_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # TensorFlow and FFCV ignore EXIF orientation
+
+
+class Source(Protocol):
+    """Labelled images that any thread may read."""
+
+    labels: np.ndarray
+    classes: list[str]
+    manifest: str
+
+    def read(self, index: int) -> np.ndarray:
+        """One decoded image: uint8 [H, W, 3], C-contiguous. Raises UserError when it cannot be decoded."""
+        ...
+
+    def close(self) -> None:
+        """Release the files."""
+        ...
+
+
+def decode(data: bytes, name: str) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of an encoded image. OpenCV where it can, else Pillow; UserError names what neither reads."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE) if data else None
+    if image is not None:
+        return image
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise UserError(f"cannot decode {name}: {error}") from None
+
+
+class BetonSource:
+    """A .beton file with its manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = BetonFile.open(path)
+        self.classes: list[str] = check_manifest(self.file)["classes"]
+        self.manifest = manifest_hash(path)
+        self.labels = self.file.labels
+        if self.labels.max() >= len(self.classes):
+            raise UserError(f"{path} has label {self.labels.max()}, but its manifest lists {len(self.classes)} classes")
+
+    def read(self, index: int) -> np.ndarray:
+        """Decode one sample."""
+        return decode(self.file.jpeg(index), f"sample {index} of {self.file.path}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class FolderSource:
+    """One folder a class, with image files at any depth; classes and files in sorted order, as torchvision does."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(f"there is no folder {root}")
+        self.root = root
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if not self.classes:
+            raise UserError(f"{root} has no class folders")
+        self.files: list[str] = []
+        labels = []
+        for label, name in enumerate(self.classes):
+            files = sorted(
+                os.path.relpath(os.path.join(folder, file), root)
+                for folder, _, names in os.walk(root / name, followlinks=True)
+                for file in names
+                if file.lower().endswith(SUFFIXES)
+            )
+            if not files:
+                raise UserError(f"the class folder {root / name} has no images")
+            self.files += files
+            labels += [label] * len(files)
+        self.labels = np.array(labels, np.int64)
+        self.manifest = _digest(self.files)
+
+    def read(self, index: int) -> np.ndarray:
+        """Decode one file."""
+        path = self.root / self.files[index]
+        return decode(path.read_bytes(), str(path))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class ArraySource:
+    """Images in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], manifest: str) -> None:
+        self.images, self.labels, self.classes, self.manifest = images, labels, classes, manifest
+
+    def read(self, index: int) -> np.ndarray:
+        """One image, as it is."""
+        return self.images[index]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def root_of(data: DataConfig) -> Path:
+    """The folder of a data set on disk. Raises UserError when none is configured or it does not exist."""
+    if data.root is None and data.name == "digits":
+        return Path(DIGITS_ROOT)
+    if data.root is None:
+        raise UserError(f"data.root is not set: the folder of {data.name}, with train.beton or train/<class>/*.jpg")
+    root = Path(data.root).expanduser()
+    if not root.is_dir() and data.name != "digits":
+        raise UserError(f"data.root={data.root} is not a folder")
+    return root
+
+
+def ensure(data: DataConfig) -> None:
+    """Make what this project can make itself: the digits. Other data sets are the user's to write.
+
+    Safe on several ranks at once: files appear atomically and are equal.
+    """
+    if data.name != "digits":
+        return
+    root = root_of(data)
+    for split, (images, labels) in _digits().items():
+        path = root / f"{split}.beton"
+        if path.exists() and manifest_path(path).exists():
+            continue
+        root.mkdir(parents=True, exist_ok=True)
+        samples = ((_jpeg(image), DIGITS_SIDE, DIGITS_SIDE, label) for image, label in zip(images, labels, strict=True))
+        write_beton(path, samples, capacity=len(images))
+        write_manifest(path, [str(digit) for digit in range(10)], quality=95, side=DIGITS_SIDE)
+
+
+def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """scikit-learn's 1,797 scanned digits (8x8), 80 % train and 20 % val of each class, always the same."""
+    from sklearn.datasets import load_digits  # seconds to import, and only here
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    order = np.lexsort((hashes(0, 0, len(labels)), labels))
+    counts = np.bincount(labels)
+    position = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    is_val = position < np.rint(0.2 * counts)[labels[order]]
+    splits = {"train": np.sort(order[~is_val]), "val": np.sort(order[is_val])}
+    return {name: (images[chosen], labels[chosen]) for name, chosen in splits.items()}
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    """A grey 8x8 digit as an RGB JPEG of DIGITS_SIDE pixels."""
+    large = cv2.resize(image, (DIGITS_SIDE, DIGITS_SIDE), interpolation=cv2.INTER_CUBIC)
+    done, encoded = cv2.imencode(".jpg", cv2.cvtColor(large, cv2.COLOR_GRAY2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    assert done
+    return encoded.tobytes()
+
+
+def synthetic(data: DataConfig, split: str) -> ArraySource:
+    """Smooth random images in memory: a pattern of the class (learnable) plus one of the sample."""
+    side, count = data.image_size, SYNTHETIC_COUNTS[split]
+    patterns = np.random.default_rng(0).normal(size=(data.num_classes, 4, 4, 3))
+    labels = np.arange(count, dtype=np.int64) % data.num_classes
+    noise = np.random.default_rng(1 if split == "train" else 2).normal(size=(count, 4, 4, 3))
+    small = (patterns[labels] + 0.5 * noise).astype(np.float32)
+    large = np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR) for image in small])
+    images = np.clip(128 + 48 * large, 0, 255).astype(np.uint8)
+    spec = ["synthetic", 1, split, count, side, data.num_classes]
+    return ArraySource(images, labels, [str(label) for label in range(data.num_classes)], _digest(spec))
+
+
+def open_source(data: DataConfig, split: str) -> Source:
+    """The source of 'train' or 'val'. Raises UserError when it is missing, damaged or has other classes."""
+    if data.name == "synthetic":
+        return synthetic(data, split)
+    ensure(data)
+    root = root_of(data)
+    beton = root / f"{split}.beton"
+    if beton.exists():
+        source: Source = BetonSource(beton)
+    elif (root / split).is_dir():
+        source = FolderSource(root / split)
+    else:
+        raise UserError(f"{root} has neither {split}.beton nor a folder {split}/ with one folder a class")
+    if len(source.classes) != data.num_classes:
+        source.close()
+        raise UserError(f"{root} has {len(source.classes)} classes in {split}, but data.num_classes={data.num_classes}")
+    return source

@@ -1,0 +1,63 @@
+"""Which samples make up which batch: pure functions of seed, epoch, rank and world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sam_repro.data.crop import hashes
+
+ORDER_TAG = 0x6F72646572  # separates the stream of the order from the augmentation's
+HOLDOUT_TAG = 0x6D696E6976616C  # minival is the same for every seed
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [count]: the permutation of one epoch. Sorting hashes does not depend on a library's generator."""
+    return np.argsort(hashes(seed ^ ORDER_TAG, epoch, count), kind="stable")
+
+
+def holdout(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(train, minival) indices, sorted: of each class `fraction` is train, the rest (rounded) is minival.
+
+    Which samples are held out depends on nothing but their labels and positions: it is equal for every run.
+    """
+    keys = hashes(HOLDOUT_TAG, 0, len(labels))
+    by_class = np.lexsort((keys, labels))
+    counts = np.bincount(labels)
+    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = rank_in_class < np.floor(counts * (1.0 - fraction) + 0.5)[labels[by_class]]
+    return np.sort(by_class[~held]), np.sort(by_class[held])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batches of one split on one rank.
+
+    Training: global batch b is elements b * B .. (b + 1) * B - 1 of the epoch's permutation, B = batch_size * world,
+    and a rank takes its contiguous share, so neither the samples of a global batch nor their order depend on the
+    world. The last incomplete global batch is dropped. Evaluation: every world-th sample in order, all of them.
+    """
+
+    indices: np.ndarray  # int64: the split's samples, as numbers in the source
+    batch_size: int  # of this rank
+    seed: int
+    training: bool
+    rank: int = 0
+    world: int = 1
+
+    def __len__(self) -> int:
+        """Batches an epoch on this rank."""
+        if self.training:
+            return len(self.indices) // (self.batch_size * self.world)
+        own = len(range(self.rank, len(self.indices), self.world))
+        return -(-own // self.batch_size)
+
+    def batches(self, epoch: int, start: int) -> list[np.ndarray]:
+        """Batches start, start + 1, ... of the epoch, each an int64 array of sample numbers."""
+        if not self.training:
+            own = self.indices[self.rank :: self.world]
+            return [own[b * self.batch_size : (b + 1) * self.batch_size] for b in range(start, len(self))]
+        order = self.indices[epoch_order(len(self.indices), self.seed, epoch)]
+        firsts = [(b * self.world + self.rank) * self.batch_size for b in range(start, len(self))]
+        return [order[first : first + self.batch_size] for first in firsts]
