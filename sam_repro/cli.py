@@ -1,0 +1,55 @@
+"""`sam-repro`: the commands around training. Each is a module with add_arguments(parser) and run(args).
+
+A module is imported when its command is called, so that planning and tables never wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+
+from sam_repro import __version__
+from sam_repro.config import nearest
+from sam_repro.errors import UserError
+
+# name: (module, what it does, in one line)
+COMMANDS = {
+    "write": ("sam_repro.data.write", "turn image folders into .beton files with a manifest"),
+    "run": ("sam_repro.paper.run", "run the rows of a table that the ledger lacks, one after the other"),
+    "plan": ("sam_repro.paper.plan", "list the runs of a table, for a SLURM array"),
+    "table": ("sam_repro.paper.tables", "ours beside the paper's numbers, with intervals and verdicts"),
+    "figures": ("sam_repro.paper.figures", "draw a table's curves"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}; see sam-repro --help")
+        module = import_module(COMMANDS[name][0])
+        parser = ArgumentParser(f"sam-repro {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter)
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(rest)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `sam-repro table ... | head`
+        return 0
+
+
+def overview() -> str:
+    """What `sam-repro --help` prints."""
+    lines = ["usage: sam-repro <command> [options]     (sam-repro <command> --help says more)", ""]
+    lines += [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    lines += ["", "Training itself is `python train.py`; `python train.py --help` lists models, methods and data."]
+    return "\n".join(lines)
