@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from sam_repro.errors import UserError
 
@@ -219,3 +220,8 @@ def remove_leftovers(path: str | Path) -> None:
         pid = int(partial.name.split(".")[-2])
         if not Path(f"/proc/{pid}").exists():
             partial.unlink(missing_ok=True)
+
+
+def fits_page_cache(path: str | Path) -> bool:
+    """Whether the file is small enough, below 70 % of the free memory, to be mapped and stay cached."""
+    return Path(path).stat().st_size < 0.7 * psutil.virtual_memory().available

@@ -1,0 +1,221 @@
+"""The loader with FFCV: its Loader, iterator thread, page-cache reader and JPEG decoder, and our kernels.
+
+This is the only file that imports ffcv. FFCV 1.0.2 compiles Python that it generates anew for every loader (7 to 15
+seconds) and hangs when its thread fails. Here the generated code is one plain call: the decoding operation hands a
+batch to threads that run one kernel, compiled once a machine, and returns the unfinished tasks. So nothing is
+compiled for a loader, no numba threading layer is involved (two loaders at once abort on one of them), and what a
+task raises reaches the consumer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from queue import Empty
+from unittest.mock import patch
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+from numba import njit, types
+from torch import Tensor
+
+from sam_repro.data.batches import AHEAD, empty_batch, start_batch, upload
+from sam_repro.data.beton import fits_page_cache
+from sam_repro.data.crop import Geometry, render
+from sam_repro.data.datasets import BetonSource
+from sam_repro.data.order import Plan
+
+# Importing ffcv compiles a typed dictionary of two constants (5 seconds; a plain one does), and sets the thread counts of
+# torch and numba to 1 for the whole process.
+_threads = torch.get_num_threads(), numba.get_num_threads()
+with patch("numba.typed.Dict", dict):
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.libffcv import ctypes_imdecode
+    from ffcv.loader import Loader as FFCVNativeLoader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.pipeline.compiler import Compiler
+torch.set_num_threads(_threads[0])
+numba.set_num_threads(_threads[1])
+
+
+def _remember_threads(count: int) -> None:
+    """FFCV sets torch's and numba's thread counts whenever a loader is made or iterated; a loader must not."""
+    Compiler.num_threads = count
+
+
+Compiler.set_num_threads = _remember_threads
+
+# By name, so that the kernel below can be cached on disk: an address could not.
+llvmlite.binding.add_symbol("sam_repro_ffcv_imdecode", ctypes.cast(ctypes_imdecode, ctypes.c_void_p).value)
+_imdecode = types.ExternalFunction(
+    "sam_repro_ffcv_imdecode",
+    types.int32(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8),
+)
+_pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.uint64, types.int64))
+
+
+@njit(cache=True, nogil=True)
+def _decode_and_render(
+    memory, descriptor, buffer, scratch, pointers, sizes, heights, widths, indices, out, geometry, seed, epoch, failed
+):
+    """Decode and render the samples `indices` into `out`; failed[k] is true where the decoder had a complaint.
+
+    memory: uint8, the mapped file; with descriptor >= 0 the JPEG is read from that file into `buffer` instead.
+    scratch: uint8, room for the largest image. One call a thread at a time uses `buffer` and `scratch`.
+    """
+    for k in range(len(indices)):
+        i = indices[k]
+        h, w, size = heights[i], widths[i], sizes[i]
+        address = memory.ctypes.data + pointers[i]
+        if descriptor >= 0:
+            address = buffer.ctypes.data
+            if _pread(descriptor, address, size, pointers[i]) != size:
+                failed[k] = True
+                continue
+        failed[k] = _imdecode(address, size, h, w, scratch.ctypes.data, h, w, 0, 0, 1, 1, 0, 0) != 0
+        if not failed[k]:
+            render(scratch[: 3 * h * w].reshape(h, w, 3), out[k], geometry, seed, epoch, i)
+
+
+class _Decode(SimpleRGBImageDecoder):
+    """FFCV's operation: sample numbers to a batch that is being filled. `start(rows, memory)` does it."""
+
+    def __init__(self, start: Callable[[np.ndarray, np.ndarray], tuple]) -> None:
+        super().__init__()
+        self.start = start
+
+    def declare_state_and_memory(self, previous_state):
+        """No memory from FFCV's ring of buffers, which is overwritten while a consumer may still hold it."""
+        return replace(previous_state, jit_mode=True, shape=(3,), dtype=np.dtype("u1")), None
+
+    def generate_code(self) -> Callable:
+        """The function that FFCV calls for each batch."""
+        start = self.start
+        return lambda rows, memory, metadata, storage: start(rows, storage[0])
+
+
+class FFCVLoader:
+    """Batches of a .beton file (see the Loader protocol)."""
+
+    backend = "ffcv"
+
+    def __init__(
+        self, source: BetonSource, plan: Plan, geometry: Geometry, *, workers: int, device: torch.device
+    ) -> None:
+        self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
+        self.samples, self.manifest = len(plan.indices), source.manifest
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self.scratch = threading.local()
+        file = source.file
+        self.direct = not fits_page_cache(file.path)
+        if self.direct:
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        Compiler.set_enabled(False)  # the pipeline is one plain call: nothing to compile
+        try:
+            self.native = FFCVNativeLoader(
+                str(file.path),
+                batch_size=plan.batch_size,
+                num_workers=1,
+                os_cache=True,
+                pipelines={"image": [_Decode(self._start)], "label": None},
+                drop_last=False,
+                batches_ahead=AHEAD,
+            )
+        finally:
+            Compiler.set_enabled(True)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches start, start + 1, ... of one epoch. Fresh tensors: they may be kept."""
+        return upload(self._host_batches(epoch, start), self.device)
+
+    def close(self) -> None:
+        """End the threads and close the file."""
+        self.pool.shutdown(cancel_futures=True)
+        self.source.close()
+
+    def _host_batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = self.plan.batches(epoch, start)
+        if not batches:
+            return
+        order = np.concatenate(batches)
+        # FFCV cuts these rows into batches again. Each carries its epoch, so the operation needs no state.
+        iterator = EpochIterator(self.native, np.stack([order, np.full_like(order, epoch)], 1))
+        tasks: list = []
+        try:
+            while (batch := _next(iterator)) is not None:
+                tasks, images, labels = batch
+                for task in tasks:
+                    task.result()
+                yield images, labels
+        finally:
+            _stop(iterator, tasks)
+
+    def _start(self, rows: np.ndarray, memory: np.ndarray) -> tuple:
+        """(tasks, images, labels): a batch whose images are complete once every task is."""
+        indices, epoch = np.ascontiguousarray(rows[:, 0]), int(rows[0, 1])
+        images = empty_batch(len(indices), self.geometry.size, self.device)
+
+        def fill(part: np.ndarray, out: np.ndarray, epoch: int) -> None:
+            self._fill(part, out, epoch, memory)
+
+        tasks = start_batch(self.pool, fill, indices, images.numpy(), epoch)
+        return tasks, images, torch.from_numpy(self.source.labels[indices])
+
+    def _fill(self, indices: np.ndarray, out: np.ndarray, epoch: int, memory: np.ndarray) -> None:
+        file = self.source.file
+        if not hasattr(self.scratch, "image"):
+            self.scratch.image = np.empty(3 * int((file.heights * file.widths).max()), np.uint8)
+            self.scratch.jpeg = np.empty(int(file.sizes.max()), np.uint8)
+        failed = np.zeros(len(indices), np.bool_)
+        tables = file.pointers, file.sizes, file.heights, file.widths
+        _decode_and_render(
+            memory,
+            file.descriptor if self.direct else -1,
+            self.scratch.jpeg,
+            self.scratch.image,
+            *tables,
+            indices,
+            out,
+            self.geometry,
+            self.plan.seed,
+            epoch,
+            failed,
+        )
+        for k in np.flatnonzero(failed):  # a warning or an error: OpenCV decides, and names the sample
+            render(self.source.read(indices[k]), out[k], self.geometry, self.plan.seed, epoch, indices[k])
+
+
+def _next(iterator: EpochIterator) -> tuple | None:
+    """FFCV's next result, None at the end. Raises RuntimeError when its thread died, where FFCV would wait for ever."""
+    while True:
+        try:
+            item = iterator.output_queue.get(timeout=1.0)
+        except Empty:
+            if iterator.is_alive():
+                continue
+            raise RuntimeError("FFCV's loader thread died; its own message is above") from None
+        return None if item is None else item[1][0]
+
+
+def _stop(iterator: EpochIterator, tasks: list) -> None:
+    """End FFCV's thread and every task of the epoch: FFCV leaks both when an epoch is left early."""
+    iterator.iter_ixes = iter(())  # the thread finds no further batch
+    iterator.close()
+    while iterator.is_alive() or not iterator.output_queue.empty():
+        try:
+            item = iterator.output_queue.get(timeout=0.02)
+        except Empty:
+            continue
+        if item is not None:
+            tasks = tasks + item[1][0][0]
+    iterator.join()
+    wait([task for task in tasks if not task.cancel()])
