@@ -19,8 +19,8 @@ from PIL import Image
 
 from sam_repro.config import DataConfig
 from sam_repro.data.beton import BetonFile, write_beton
-from sam_repro.data.crop import hashes
 from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, write_manifest
+from sam_repro.data.order import holdout
 from sam_repro.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -150,28 +150,23 @@ def ensure(data: DataConfig) -> None:
     if data.name != "digits":
         return
     root = root_of(data)
-    for split, (images, labels) in _digits().items():
-        path = root / f"{split}.beton"
-        if path.exists() and manifest_path(path).exists():
-            continue
-        root.mkdir(parents=True, exist_ok=True)
+    paths = [root / "train.beton", root / "val.beton"]
+    if all(path.exists() and manifest_path(path).exists() for path in paths):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    for path, (images, labels) in zip(paths, _digits(), strict=True):
         samples = ((_jpeg(image), DIGITS_SIDE, DIGITS_SIDE, label) for image, label in zip(images, labels, strict=True))
         write_beton(path, samples, capacity=len(images))
         write_manifest(path, [str(digit) for digit in range(10)], quality=95, side=DIGITS_SIDE)
 
 
-def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """scikit-learn's 1,797 scanned digits (8x8), 80 % train and 20 % val of each class, always the same."""
+def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
+    """scikit-learn's 1,797 scanned digits (8x8): train, 80 % of each class, and val; always the same."""
     from sklearn.datasets import load_digits  # seconds to import, and only here
 
     images, labels = load_digits(return_X_y=True)
     images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    order = np.lexsort((hashes(0, 0, len(labels)), labels))
-    counts = np.bincount(labels)
-    position = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_val = position < np.rint(0.2 * counts)[labels[order]]
-    splits = {"train": np.sort(order[~is_val]), "val": np.sort(order[is_val])}
-    return {name: (images[chosen], labels[chosen]) for name, chosen in splits.items()}
+    return [(images[chosen], labels[chosen]) for chosen in holdout(labels, 0.8)]
 
 
 def _jpeg(image: np.ndarray) -> bytes:

@@ -31,8 +31,8 @@ from sam_repro.data.crop import Geometry, render
 from sam_repro.data.datasets import BetonSource
 from sam_repro.data.order import Plan
 
-# Importing ffcv compiles a typed dictionary of two constants (5 seconds; a plain one does), and sets the thread counts of
-# torch and numba to 1 for the whole process.
+# Importing ffcv compiles a typed dictionary of two constants (5 seconds; a plain one does as well), and sets the thread
+# counts of torch and numba to 1 for the whole process.
 _threads = torch.get_num_threads(), numba.get_num_threads()
 with patch("numba.typed.Dict", dict):
     from ffcv.fields.decoders import SimpleRGBImageDecoder
