@@ -1,0 +1,1 @@
+"""The paper half: tables as data, plans, estimates, results, figures. It never imports torch."""

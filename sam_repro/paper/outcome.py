@@ -1,0 +1,188 @@
+"""A table joined with the ledger: what came out of every row, as data that all renderers share."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sam_repro.ledger import Row, read_row, row_path
+from sam_repro.lock import STALE
+from sam_repro.paper.spec import UNREADABLE, Column, Run, Table, TableRow, runs_of
+from sam_repro.paper.stats import Comparison, Interval, compare, interval, verdict
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table beside the paper's."""
+
+    column: Column
+    ours: Interval | None
+    printed: float | str | None
+    verdict: str
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.ours is None or not isinstance(self.printed, (int, float)):
+            return None
+        return self.ours.mean - self.printed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of a table with its runs and their ledger rows."""
+
+    row: TableRow
+    runs: tuple[Run, ...]
+    ledger: tuple[Row, ...]  # of the runs that finished or diverged
+    state: str  # nothing to run | pending | running 40 % | partial | done | diverged
+    cells: tuple[Cell, ...]
+
+    def by_seed(self, column: Column) -> dict[int, float]:
+        """{seed: value} of the runs that are done."""
+        values = {row["seed"]: value_of(row, column) for row in self.ledger if row["status"] == "done"}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def metric(self, name: str) -> float | None:
+        """Mean over seeds of the last logged value of a training curve: surrogate_gap, cosine, ..."""
+        ends = [last(row, name) for row in self.ledger if row["status"] == "done"]
+        ends = [end for end in ends if end is not None]
+        return statistics.fmean(ends) if ends else None
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median milliseconds a step, over all logged intervals of all seeds."""
+        times = [t for row in self.ledger for t in curve(row, "step_seconds") if t is not None]
+        return 1000 * statistics.median(times) if times else None
+
+
+def outcomes(table: Table, ledger_dir: Path | None = None, *, seeds: int | None = None) -> list[Outcome]:
+    """What came out of every row of a table.
+
+    Args:
+        ledger_dir: folder of ledger rows; None takes the folder in each run's configuration.
+        seeds: instead of the number the rows ask for.
+    """
+    return [outcome(table, row, ledger_dir, seeds=seeds) for row in table.rows]
+
+
+def outcome(table: Table, row: TableRow, ledger_dir: Path | None, *, seeds: int | None) -> Outcome:
+    """What came out of one row."""
+    runs = runs_of(table, row, seeds=seeds)
+    paths = [row_path(ledger_dir or r.config.log.ledger_dir, r.run_id) for r in runs]
+    found = [read_row(path) for path in paths if path.exists()]
+    state = state_of(runs, found)
+    cells = []
+    for column in table.columns:
+        values = [value_of(r, column) for r in found if r["status"] == "done"]
+        values = [v for v in values if v is not None]
+        ours, printed = interval(values) if values else None, row.printed.get(column.name)
+        word = verdict(ours, printed, digits=column.digits)
+        if word == "pending" and state != "done":
+            word = state
+        if any(r["status"] == "diverged" for r in found) and word != UNREADABLE:
+            word = "diverged"
+        cells.append(Cell(column, ours, printed, word))
+    return Outcome(row, tuple(runs), tuple(found), state, tuple(cells))
+
+
+def state_of(runs: list[Run], found: list[Row]) -> str:
+    """One word on the runs of a row."""
+    if not runs:
+        return "nothing to run"
+    if any(row["status"] == "diverged" for row in found):
+        return "diverged"
+    if len(found) == len(runs):
+        return "done"
+    if any(is_running(r) for r in runs):
+        return "running"
+    return "partial" if found else "pending"
+
+
+def is_running(r: Run) -> bool:
+    """Whether a process on this machine or file system holds the run's lock and shows signs of life."""
+    try:
+        return time.time() - (Path(r.config.log.runs_dir) / r.run_id / "lock").stat().st_mtime < STALE
+    except OSError:
+        return False
+
+
+def value_of(row: Row, column: Column) -> float | None:
+    """A column's value in a ledger row: accuracy in % from counts, or what the dotted path leads to."""
+    if column.value is None:
+        counts = row["evals"].get(column.name)
+        return 100 * counts["correct"] / counts["total"] if counts else None
+    node: Any = row
+    for key in column.value.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return float(node) if isinstance(node, (int, float)) else None
+
+
+def curve(row: Row, name: str) -> list[float | None]:
+    """A training curve of a ledger row, empty where it has none."""
+    return row.get("curves", {}).get("train", {}).get(name, [])
+
+
+def last(row: Row, name: str) -> float | None:
+    """The last value of a training curve: the mean over the last logging interval."""
+    values = curve(row, name)
+    return values[-1] if values else None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Whether one method beats the one before it, for one model."""
+
+    model: str
+    worse: str
+    better: str
+    comparison: Comparison | None
+
+
+def order_of_methods(table: Table, found: list[Outcome]) -> list[Order]:
+    """Every neighbouring pair of `table.order`, model by model, on the first column, paired by seed."""
+    by_id = {o.row.id: o for o in found}
+    models = list(dict.fromkeys(o.row.id.rsplit("/", 1)[0] for o in found))
+    pairs = []
+    for model in models:
+        named = [by_id[f"{model}/{method}"] for method in table.order if f"{model}/{method}" in by_id]
+        for worse, better in zip(named, named[1:], strict=False):
+            tested = compare(worse.by_seed(table.columns[0]), better.by_seed(table.columns[0]))
+            pairs.append(Order(worse.row.model, worse.row.method, better.row.method, tested))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a table come from."""
+
+    runs: int
+    seeds: tuple[int, ...]
+    commits: tuple[str, ...]  # abbreviated; "+" marks a changed checkout
+    hardware: tuple[str, ...]
+    versions: tuple[str, ...]
+    dates: tuple[str, ...]
+    hours: float
+
+
+def provenance_of(found: Iterable[Outcome]) -> Provenance | None:
+    """The provenance of all ledger rows of a table, or None without any."""
+    rows = list({row["run_id"]: row for o in found for row in o.ledger}.values())
+    if not rows:
+        return None
+    named = ("torch", "timm", "ffcv")
+    versions = {f"{k} {row['versions'][k]}" for row in rows for k in named if k in row.get("versions", {})}
+    days = sorted({row["finished"][:10] for row in rows if row.get("finished")})
+    return Provenance(
+        runs=len(rows),
+        seeds=tuple(sorted({row["seed"] for row in rows})),
+        commits=tuple(sorted({row["commit"][:8] + ("+" if row["dirty"] else "") for row in rows})),
+        hardware=tuple(sorted({f"{row.get('world', 1)} x {row['hardware']}" for row in rows})),
+        versions=tuple(sorted(versions)),
+        dates=tuple(dict.fromkeys((days[0], days[-1]))) if days else (),
+        hours=sum(row.get("hours", 0.0) for row in rows),
+    )

@@ -1,0 +1,39 @@
+"""List the runs of tables, one a line: run id, tab, overrides.
+
+  sam-repro plan table1                                # every run
+  sam-repro plan table1 table5 --missing > plan.tsv    # what the ledger lacks; shared runs once
+
+Line N is `python train.py <overrides>`, so that a SLURM array of `wc -l < plan.tsv` tasks trains the table.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.ledger import row_path
+from sam_repro.paper.spec import Run, load_table, unique_runs
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
+    parser.add_argument("--missing", action="store_true", help="leave out the runs that the ledger has")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
+
+
+def run(args: Namespace) -> None:
+    """Print the plan on stdout and how many lines it has on stderr."""
+    runs = unique_runs([load_table(name) for name in args.tables], seeds=args.seeds).values()
+    shown = [r for r in runs if not (args.missing and finished(r, args.ledger))]
+    for r in shown:
+        print(f"{r.run_id}\t{shlex.join(r.overrides)}")
+    print(f"{len(shown)} of {len(runs)} runs", file=sys.stderr)
+
+
+def finished(r: Run, ledger_dir: Path | None = None) -> bool:
+    """Whether the ledger has the row of a run; it lies where the run's configuration says, unless given."""
+    return row_path(ledger_dir or r.config.log.ledger_dir, r.run_id).exists()

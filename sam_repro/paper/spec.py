@@ -1,0 +1,244 @@
+"""A table or figure of a paper as data: the YAML format of `results/paper/`, its checks, and the runs it asks for.
+
+title:    one line
+source:   where the numbers are printed
+base:     overrides that all rows share
+seeds:    how many seeds a row wants (0 ... seeds - 1)
+columns:  name: {title, value, unit, digits}   the first one decides the order of methods. Without `value`, the
+          accuracy in % on the evaluation set of that name; else a dotted path in the ledger row
+order:    methods from worst to best, as the paper claims; each is the last part of a row's id
+select:   evaluation set on which a sweep's winner is chosen, never the test set
+warnings: deviation ids (docs/DEVIATIONS.md) that concern every row
+notes:    sentences under the table
+rows:     list of
+    id:        <model>/<method>, unique
+    model:     as the table prints it
+    method:    as the table prints it
+    overrides: what `python train.py` gets after `base`; absent where there is nothing to run
+    printed:   {column: number, or 'not in our sources'}; a column left out is one that the paper does not have
+    where:     the place in the paper, where it differs from `source`
+    origin:    who measured the printed number, where it was not the paper
+    warnings:  deviation ids
+    seeds:     where it differs from the table's
+    series, x: the line and the abscissa in a figure of kind `sweep`
+    grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it
+figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title}
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sam_repro.config import Config, compose_config, nearest, run_id
+from sam_repro.errors import UserError
+
+UNREADABLE = "not in our sources"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity of a table."""
+
+    name: str
+    title: str
+    value: str | None = None  # dotted path in the ledger row; None: accuracy on the evaluation set `name`
+    unit: str = "%"
+    digits: int = 1  # decimals that the paper prints
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One line of a table: the runs it wants and what the paper says came out."""
+
+    id: str
+    model: str
+    method: str
+    overrides: tuple[str, ...] | None = None
+    printed: dict[str, float | str] = field(default_factory=dict)
+    where: str = ""
+    origin: str = ""
+    warnings: tuple[str, ...] = ()
+    seeds: int = 0
+    series: str = ""
+    x: float | str | None = None
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure."""
+
+    name: str
+    title: str
+    source: str
+    columns: tuple[Column, ...]
+    rows: tuple[TableRow, ...]
+    base: tuple[str, ...] = ()
+    seeds: int = 3
+    order: tuple[str, ...] = ()
+    select: str = ""
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    figure: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run that a row wants."""
+
+    run_id: str
+    overrides: tuple[str, ...]  # what stands after `python train.py`
+    config: Config = field(repr=False, compare=False)
+
+
+def tables_dir() -> Path:
+    """The folder of YAML tables: in the checkout, or inside the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "results" / "paper", package / "results" / "paper"):
+        if candidate.is_dir():
+            return candidate
+    raise UserError(f"the tables are missing: neither results/paper nor sam_repro/results/paper in {package.parent}")
+
+
+def table_names() -> list[str]:
+    """The tables that exist, sorted."""
+    return sorted(path.stem for path in tables_dir().glob("*.yaml"))
+
+
+def load_table(name: str) -> Table:
+    """The table of a name (results/paper/<name>.yaml) or of a path that ends in .yaml.
+
+    Raises:
+        UserError: no such table, or a file that does not follow the format; the message names the nearest word.
+    """
+    path = Path(name) if name.endswith(".yaml") else tables_dir() / f"{name}.yaml"
+    if not path.is_file():
+        names = table_names()
+        raise UserError(f"there is no table '{name}'{nearest(name, names)} (tables: {', '.join(names)})")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path.name} must be a mapping with title, source, columns and rows")
+    return parse_table(path.stem, tree)
+
+
+def parse_table(name: str, tree: dict[str, Any]) -> Table:
+    """The mapping of a YAML file as a Table, grids expanded."""
+    tree = copy.deepcopy(tree)
+    columns = tree.pop("columns", None)
+    rows = tree.pop("rows", None)
+    if not isinstance(columns, dict) or not columns or not isinstance(rows, list) or not rows:
+        raise UserError(f"table {name}: columns must be a mapping and rows a list, neither empty")
+    shape = {"columns": tuple(build(Column, c or {}, f"table {name}, column {k}", name=k) for k, c in columns.items())}
+    parsed = []
+    for i, row in enumerate(rows):
+        where = f"table {name}, row {row.get('id', i + 1) if isinstance(row, dict) else i + 1}"
+        parsed += expand_grid(build(TableRow, row, where), where)
+    table = build(Table, tree, f"table {name}", name=name, rows=tuple(parsed), **shape)
+    table = replace(table, rows=tuple(replace(r, seeds=r.seeds or table.seeds) for r in table.rows))
+    check_table(table)
+    return table
+
+
+def build(kind: type, tree: Any, where: str, **given: Any) -> Any:
+    """A frozen dataclass from a mapping; lists become tuples; unknown and missing keys are errors."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected a mapping, not {tree!r}")
+    known = {f.name: f for f in fields(kind)}
+    for key in tree:
+        if key not in known:
+            raise UserError(f"{where}: there is no key '{key}'{nearest(str(key), list(known))}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()} | given
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{where}: {str(error).split('() ')[-1]}") from None
+
+
+def expand_grid(row: TableRow, where: str) -> list[TableRow]:
+    """A row with a grid becomes one row a combination; `<key>=<value>` is added to its id and its overrides."""
+    if not row.grid:
+        return [row]
+    if row.overrides is None:
+        raise UserError(f"{where}: a grid needs overrides")
+    expanded = []
+    for values in itertools.product(*row.grid.values()):
+        point = dict(zip(row.grid, values, strict=True))
+        short = ",".join(f"{key.rsplit('.', 1)[-1]}={value:g}" for key, value in point.items())
+        expanded.append(
+            replace(
+                row,
+                id=f"{row.id}/{short}",
+                overrides=row.overrides + tuple(f"{key}={value}" for key, value in point.items()),
+                x=point.get(row.x, row.x) if isinstance(row.x, str) else row.x,
+                series=row.series.format(**{k.replace(".", "_"): v for k, v in point.items()}),
+                grid={},
+            )
+        )
+    return expanded
+
+
+def check_table(table: Table) -> None:
+    """What the types cannot say."""
+    names = [c.name for c in table.columns]
+    ids = [row.id for row in table.rows]
+    for row in table.rows:
+        where = f"table {table.name}, row {row.id}"
+        if ids.count(row.id) > 1:
+            raise UserError(f"{where}: the id is used {ids.count(row.id)} times")
+        for column, value in row.printed.items():
+            if column not in names:
+                raise UserError(f"{where}: there is no column '{column}'{nearest(column, names)}")
+            if isinstance(value, bool) or (value != UNREADABLE and not isinstance(value, (int, float))):
+                raise UserError(f"{where}: {column} must be a number or '{UNREADABLE}', not {value!r}")
+    kind = table.figure.get("kind", "dots")
+    if kind not in FIGURES:
+        raise UserError(f"table {table.name}: there is no figure kind '{kind}'{nearest(kind, list(FIGURES))}")
+
+
+FIGURES = ("curves", "sweep", "dots")
+
+
+def runs_of(table: Table, row: TableRow, *, seeds: int | None = None, extra: Iterable[str] = ()) -> list[Run]:
+    """The runs of a row, by seed; none where the row has nothing to run.
+
+    Args:
+        seeds: instead of the row's own number.
+        extra: overrides laid over the row's.
+    """
+    if row.overrides is None:
+        return []
+    overrides = (*table.base, *row.overrides, *extra)
+    config = compose_once(overrides)
+    found = []
+    for seed in range(row.seeds if seeds is None else seeds):
+        seeded = replace(config, seed=seed)  # the seed changes nothing else, and composing takes tenths of a second
+        found.append(Run(run_id(seeded), (*overrides, f"seed={seed}"), seeded))
+    return found
+
+
+@cache
+def compose_once(overrides: tuple[str, ...]) -> Config:
+    """compose_config, remembered."""
+    return compose_config(list(overrides))
+
+
+def unique_runs(tables: Iterable[Table], *, seeds: int | None = None, extra: Iterable[str] = ()) -> dict[str, Run]:
+    """All runs of some tables by run id; one that several rows share appears once.
+
+    The first seed of every row comes before the second of any, so that an interrupted plan is evenly filled.
+    """
+    extra = tuple(extra)
+    rows = [runs_of(table, row, seeds=seeds, extra=extra) for table in tables for row in table.rows]
+    rounds = itertools.zip_longest(*rows)
+    return {run.run_id: run for turn in rounds for run in turn if run is not None}

@@ -1,0 +1,81 @@
+"""The little statistics of a table: intervals over seeds, verdicts, paired comparisons."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scipy.special import stdtr, stdtrit
+
+from sam_repro.paper.spec import UNREADABLE
+
+LEVEL = 0.05  # of every test and, as 1 - LEVEL, of every interval
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % t-interval, in the unit of the values."""
+
+    mean: float
+    half: float | None  # None with one seed: no interval exists
+    n: int
+
+
+def interval(values: list[float]) -> Interval:
+    """Mean and half-width of the 95 % t-interval of independent values (at least one)."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return Interval(mean, None, 1)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    return Interval(mean, float(stdtrit(n - 1, 1 - LEVEL / 2)) * deviation / math.sqrt(n), n)
+
+
+def verdict(ours: Interval | None, printed: float | str | None, *, digits: int = 1) -> str:
+    """One word on a number against the paper's.
+
+    The paper prints one number without an interval, rounded to `digits` decimals: "within" means that our interval,
+    widened by half a unit of that rounding, holds it.
+    """
+    if printed == UNREADABLE:
+        return UNREADABLE
+    if ours is None:
+        return "pending"
+    if ours.half is None:
+        return "one seed"
+    if printed is None:
+        return "measured"
+    assert not isinstance(printed, str)
+    if abs(ours.mean - printed) <= ours.half + 0.5 * 10**-digits:
+        return "within"
+    return "above" if ours.mean > printed else "below"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another, paired by seed."""
+
+    difference: float  # mean of (better - worse), in the unit of the values
+    p: float | None  # two-sided, of the paired t-test; None with fewer than two pairs
+    n: int
+
+    @property
+    def words(self) -> str:
+        """The judgement in words."""
+        if self.p is None:
+            return "not testable with one seed"
+        return "significant" if self.p < LEVEL else "not significant"
+
+
+def compare(worse: dict[int, float], better: dict[int, float]) -> Comparison | None:
+    """The paired t-test of {seed: value} over the seeds that both have; None where they share none."""
+    seeds = sorted(worse.keys() & better.keys())
+    if not seeds:
+        return None
+    differences = [better[s] - worse[s] for s in seeds]
+    n, mean = len(seeds), math.fsum(differences) / len(seeds)
+    if n == 1:
+        return Comparison(mean, None, 1)
+    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    if error == 0:  # all differences equal: the test statistic is infinite, or undefined where they are zero
+        return Comparison(mean, 1.0 if mean == 0 else 0.0, n)
+    return Comparison(mean, 2 * float(stdtr(n - 1, -abs(mean / error))), n)

@@ -1,0 +1,103 @@
+"""How all our figures look: Okabe and Ito's colour-blind-safe palette, direct labels, little ink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sam_repro.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, LINE = "#1b1f24", "#5b6570", "#d9dee3"
+# A method keeps its colour in every figure; the others take the rest of the palette in turn.
+METHODS = {"vanilla": "#5b6570", "sam": "#E69F00", "gsam": "#0072B2", "eigen_sam": "#009E73", "asam": "#CC79A7"}
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#5b6570")
+RC = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 2,
+    "svg.fonttype": "none",  # text stays text: searchable, and small
+    "svg.hashsalt": "sam-repro",  # the same data gives the same bytes
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+}
+
+
+def colour_of(method: str, index: int) -> str:
+    """A method's colour; `index` chooses for those without one of their own."""
+    return METHODS.get(method, PALETTE[index % len(PALETTE)])
+
+
+def spread(positions: list[float], gap: float) -> list[float]:
+    """Positions moved apart by at least `gap`, as little as possible, in the same order."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    groups: list[list[int]] = []
+    centre = lambda group: sum(positions[i] for i in group) / len(group)  # noqa: E731
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1:
+            below, above = groups[-2], groups[-1]
+            if centre(above) - centre(below) >= gap * (len(below) + len(above)) / 2:
+                break
+            groups[-2:] = [below + above]
+    moved = list(positions)
+    for group in groups:
+        for k, i in enumerate(group):
+            moved[i] = centre(group) + gap * (k - (len(group) - 1) / 2)
+    return moved
+
+
+def label_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write (x, y, text, colour) beside the ends of lines, without overlaps; a thin leader where one had to move."""
+    if not ends:
+        return
+    low, high = ax.get_ylim()
+    ys = spread([y for _, y, _, _ in ends], 0.075 * (high - low))
+    right = max(x for x, _, _, _ in ends)
+    for (x, y, text, colour), moved in zip(ends, ys, strict=True):
+        ax.annotate(
+            text,
+            xy=(x, y),
+            xytext=(right, moved),
+            textcoords="data",
+            color=colour,
+            fontweight="bold",
+            fontsize=9.5,
+            va="center",
+            annotation_clip=False,
+            transform=ax.transData,
+        ).set_position((right + 0.025 * (ax.get_xlim()[1] - ax.get_xlim()[0]), moved))
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write <stem>.svg and <stem>.png; returns both paths."""
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+        figure.savefig(paths[0], bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(paths[1], bbox_inches="tight", metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"cannot write {stem}.svg: {error}") from error
+    return paths

@@ -1,0 +1,232 @@
+"""Ours beside the paper's numbers: mean, 95 % t-interval over seeds, difference, verdict, provenance.
+
+  sam-repro table demo
+  sam-repro table table1 --format html --output table1.html
+  sam-repro table table1 --format csv                  # one line a number, for other programs
+
+Verdicts: pending (no run yet), running, one seed, within / above / below (our interval, widened by the rounding of
+the printed number, against that number), measured (the paper has no such number), diverged, not in our sources.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from sam_repro.errors import UserError
+from sam_repro.paper.deviations import deviation_titles
+from sam_repro.paper.outcome import Cell, Order, Outcome, Provenance, order_of_methods, outcomes, provenance_of
+from sam_repro.paper.spec import Table, load_table
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("table", help="name in results/paper/, or a path to a .yaml")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="md")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="look at N seeds instead of what the table asks for")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write here instead of to the terminal")
+
+
+def run(args: Namespace) -> None:
+    """Print or write the table."""
+    table = load_table(args.table)
+    text = render(table, outcomes(table, args.ledger, seeds=args.seeds), args.format)
+    if args.output is None:
+        print(text, end="")
+        return
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error}") from error
+    print(args.output, file=sys.stderr)
+
+
+def render(table: Table, found: list[Outcome], form: str) -> str:
+    """The table in a format of FORMATS, with a line break at the end."""
+    return FORMATS[form](table, found)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as text, the same for every format that people read."""
+
+    title: str
+    source: str
+    header: list[str]
+    lines: list[list[str]]
+    orders: list[str]
+    footnotes: list[str]
+    provenance: list[str]
+
+
+def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
+    """The words and numbers of a table."""
+    compared = {c.name: any(c.name in o.row.printed for o in found) for c in table.columns}
+    curves = [(name, title) for name, title in CURVES if any(o.metric(name) is not None for o in found)]
+    timed = any(o.step_ms is not None for o in found)
+    header = ["model", "method"]
+    for c in table.columns:
+        title = f"{c.title}, {c.unit}" if c.unit else c.title
+        header += [title, "paper", "difference", "verdict"] if compared[c.name] else [title, "verdict"]
+    header += [title for _, title in curves] + ["ms a step"] * timed
+    lines = []
+    for o in found:
+        line = [o.row.model, o.row.method + "".join(f" [{w}]" for w in o.row.warnings)]
+        for cell in o.cells:
+            line += words_of(cell, o, compared=compared[cell.column.name])
+        line += [number(o.metric(name), 3) for name, _ in curves] + [number(o.step_ms, 1)] * timed
+        lines.append(line)
+    return Sheet(
+        title=table.title,
+        source=table.source,
+        header=header,
+        lines=lines,
+        orders=[sentence_of(order, table) for order in order_of_methods(table, found)],
+        footnotes=footnotes_of(table),
+        provenance=sentences_of(provenance_of(found)),
+    )
+
+
+CURVES = (("surrogate_gap", "h"), ("cosine", "cos θ"))
+
+
+def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
+    """A cell as [ours, paper, difference, verdict], or [ours, verdict] where the paper has no such column."""
+    digits = cell.column.digits
+    if cell.ours is None:
+        ours = "–"
+    else:
+        half = f" ± {cell.ours.half:.{digits + 1}f}" if cell.ours.half is not None else ""
+        wanted = f" of {len(o.runs)}" if cell.ours.n < len(o.runs) else ""
+        ours = f"{cell.ours.mean:.{digits + 1}f}{half} ({cell.ours.n}{wanted})"
+    if not compared:
+        return [ours, cell.verdict]
+    printed = f"{cell.printed:.{digits}f}" if isinstance(cell.printed, (int, float)) else cell.printed or "–"
+    difference = "–" if cell.difference is None else f"{cell.difference:+.{digits + 1}f}"
+    return [ours, printed, difference, cell.verdict]
+
+
+def number(value: float | None, digits: int) -> str:
+    """A plain number, or a dash."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def sentence_of(order: Order, table: Table) -> str:
+    """'ViT-B/32: GSAM - SAM = +0.41 (paired by seed, n=3, p=0.02): significant'."""
+    pair = f"{order.model}: {order.better} against {order.worse}"
+    if order.comparison is None:
+        return f"{pair}: pending"
+    c, column = order.comparison, table.columns[0]
+    p = "" if c.p is None else f", p={c.p:.2g}"
+    unit = "points" if column.unit == "%" else column.unit
+    difference = f"{c.difference:+.{column.digits + 1}f} {unit}".strip()
+    return f"{pair}: {difference} (paired by seed, n={c.n}{p}): {c.words}"
+
+
+def footnotes_of(table: Table) -> list[str]:
+    """What a reader has to know: origins, the departures and contradictions that concern these rows."""
+    cited = dict.fromkeys([*table.warnings, *(w for row in table.rows for w in row.warnings)])
+    titles = deviation_titles()
+    origins: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.origin:
+            origins.setdefault(row.origin, []).append(row.id)
+    said = [f"Origin of {', '.join(ids)}: {origin}." for origin, ids in origins.items()]
+    return [*table.notes, *said, *(f"{w}: {titles.get(w, 'see docs/DEVIATIONS.md')}" for w in sorted(cited))]
+
+
+def sentences_of(p: Provenance | None) -> list[str]:
+    """Provenance in a few lines; without it no number may be printed."""
+    if p is None:
+        return ["No run is in the ledger yet."]
+    return [
+        f"{p.runs} runs, seeds {', '.join(map(str, p.seeds))}, {p.hours:.2g} processor hours, {' to '.join(p.dates)}",
+        f"commit {', '.join(p.commits)}; {'; '.join(p.hardware)}; {', '.join(p.versions)}",
+        "Intervals: 95 %, Student's t over seeds (their number in brackets); they hold no error of the test set. "
+        "p: two-sided paired t-test, not corrected for the number of comparisons.",
+    ]
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table, found: list[Outcome]) -> str:
+    """GitHub's Markdown, its columns padded so that it also reads well on a terminal."""
+    s = sheet_of(table, found)
+    widths = [max(map(len, column)) for column in zip(s.header, *s.lines, strict=True)]
+    out = [f"### {s.title}", "", f"Source: {s.source}", ""]
+    for line in (s.header, ["-" * width for width in widths], *s.lines):
+        out.append("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |")
+    for part in (s.orders, s.footnotes, s.provenance):
+        out += ["", *(f"* {sentence}" for sentence in part)] if part else []
+    return "\n".join(out) + "\n"
+
+
+def latex(table: Table, found: list[Outcome]) -> str:
+    """A booktabs table with notes."""
+    s = sheet_of(table, found)
+    rows = [" & ".join(map(tex, line)) + r" \\" for line in s.lines]
+    notes = [rf"\par\footnotesize {tex(sentence)}" for sentence in (*s.orders, *s.footnotes, *s.provenance)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{tex(s.title)}}}",
+            rf"\begin{{tabular}}{{{'ll' + 'r' * (len(s.header) - 2)}}}",
+            r"\toprule",
+            " & ".join(map(tex, s.header)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *notes,
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "²": "$^2$"}
+TEX |= {"±": r"$\pm$", "×": r"$\times$", "<": "$<$", ">": "$>$", "⊥": r"$\perp$", "ε": r"$\epsilon$"}
+TEX |= {"θ": r"$\theta$", "ρ": r"$\rho$", "α": r"$\alpha$", "λ": r"$\lambda$", "σ": r"$\sigma$", "η": r"$\eta$"}
+TEX |= {c: "\\" + c for c in "&%$#_{}"}
+
+
+def tex(text: str) -> str:
+    """Text with the characters that LaTeX would take for something else."""
+    return "".join(TEX.get(c, c) for c in text)
+
+
+def html(table: Table, found: list[Outcome]) -> str:
+    """A page of its own."""
+    from sam_repro.paper.html import page, table_html
+
+    return page(table.title, table_html(sheet_of(table, found)))
+
+
+CSV_HEADER = ("table", "row", "model", "method", "column", "mean", "half", "n", "paper", "difference", "verdict")
+CSV_HEADER += ("commits", "runs")
+
+
+def comma_separated(table: Table, found: list[Outcome]) -> str:
+    """One line a number: row, column, ours with interval, paper, difference, verdict, and the runs it came from."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    for o in found:
+        done = [row for row in o.ledger if row["status"] == "done"]
+        for cell in o.cells:
+            mean, half, n = (cell.ours.mean, cell.ours.half, cell.ours.n) if cell.ours else (None, None, 0)
+            commits = " ".join(sorted({row["commit"][:8] for row in done}))
+            runs = " ".join(row["run_id"] for row in done)
+            line = [table.name, o.row.id, o.row.model, o.row.method, cell.column.name, mean, half, n]
+            writer.writerow([*line, cell.printed, cell.difference, cell.verdict, commits, runs])
+    return out.getvalue()
+
+
+FORMATS = {"md": markdown, "tex": latex, "html": html, "csv": comma_separated}
