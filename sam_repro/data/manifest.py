@@ -74,8 +74,12 @@ def check_manifest(file: BetonFile, *, full: bool = False) -> dict[str, Any]:
 
 
 def manifest_hash(beton: str | Path) -> str:
-    """16 hexadecimal digits that name the data in a ledger row."""
-    canonical = json.dumps(read_manifest(beton), sort_keys=True, separators=(",", ":"))
+    """16 hexadecimal digits that name the data in a ledger row.
+
+    Of the whole manifest but `source`, which holds file times of the machine that wrote the data.
+    """
+    content = {key: value for key, value in read_manifest(beton).items() if key != "source"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

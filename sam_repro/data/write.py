@@ -167,7 +167,7 @@ def _load(path: Path, rule: dict[str, Any]) -> Encoded | Exception:
 
 
 def _estimate(paths: list[Path], beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor) -> None:
-    """Print what the file will weigh and take, from evenly spaced images. Raises UserError when the disk is too small."""
+    """Print what the file will weigh and take, from a sample. Raises UserError when the disk is too small."""
     some = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), ESTIMATE_FILES)).astype(int)]
     began = time.perf_counter()
     results: Iterable[Encoded | Exception] = _ordered(some, rule, pool)
@@ -175,7 +175,7 @@ def _estimate(paths: list[Path], beton: Path, rule: dict[str, Any], pool: Thread
     minutes = (time.perf_counter() - began) / len(some) * len(paths) / 60
     size = METADATA_AT + len(paths) * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
     free = shutil.disk_usage(beton.parent).free
-    print(f"{beton}: {len(paths):,} images, about {size / 1e9:.1f} GB and {minutes:.1f} minutes", flush=True)
+    print(f"{beton}: {len(paths):,} images, about {size / 1e9:.2f} GB and {minutes:.1f} minutes", flush=True)
     if size > free:
         raise UserError(f"{beton.parent} has {free / 1e9:.1f} GB free; {beton.name} needs about {size / 1e9:.1f} GB")
 
