@@ -33,6 +33,7 @@ DIVERGED = 3  # train.py's exit code
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
+    parser.parse_args = parser.parse_intermixed_args  # overrides may stand before, between and after the options
     parser.add_argument("table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("extra", nargs="*", metavar="key=value", help="overrides laid over every row's own")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds a row, instead of what the table asks for")

@@ -92,12 +92,15 @@ def label_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write <stem>.svg and <stem>.png; returns both paths."""
+    """Write <stem>.svg and <stem>.png, the same bytes for the same figure; returns both paths."""
+    import matplotlib
+
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
-        figure.savefig(paths[0], bbox_inches="tight", metadata={"Date": None})
-        figure.savefig(paths[1], bbox_inches="tight", metadata={"Software": None})
+        with matplotlib.rc_context(RC):
+            figure.savefig(paths[0], bbox_inches="tight", metadata={"Date": None})
+            figure.savefig(paths[1], bbox_inches="tight", metadata={"Software": None})
     except OSError as error:
         raise UserError(f"cannot write {stem}.svg: {error}") from error
     return paths

@@ -1,0 +1,91 @@
+"""The queue of `sam-repro run`, with a stand-in for the training half."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from paper_rows import fake_row
+
+from sam_repro import ledger
+from sam_repro.cli import main
+from sam_repro.config import Config, run_id
+from sam_repro.paper.run import duration
+from sam_repro.paper.spec import Run
+
+Trained = list[str]
+
+
+class Interrupted(SystemExit):
+    pass
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """Replaces sam_repro.train: writes a row at once; the run ids in `diverge` or `stop` end as named."""
+    names: Trained = []
+
+    def train(cfg: Config) -> dict:
+        name = run_id(cfg)
+        names.append(name)
+        if "-sam-s1" in name and os.environ.get("STOP"):
+            raise Interrupted(128 + signal.SIGTERM)
+        status = "diverged" if "-sam-s0" in name and os.environ.get("DIVERGE") else "done"
+        row = fake_row(Run(name, tuple(sys.argv[1:]), cfg), 300, status=status)
+        ledger.write_row(cfg.log.ledger_dir, row)
+        return row
+
+    module = types.ModuleType("sam_repro.train")
+    module.main, module.Interrupted = train, Interrupted
+    monkeypatch.setitem(sys.modules, "sam_repro.train", module)
+    monkeypatch.setattr(sys, "argv", ["sam-repro"])
+    return names
+
+
+def test_runs_what_is_missing_once(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "demo", "--ledger", str(tmp_path), "--limit", "4"]) == 0
+    assert len(trained) == 4
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 0
+    assert len(trained) == len(set(trained)) == 9
+    said = capsys.readouterr().err
+    assert "4 of 9 runs are in the ledger, 5 to go" in said and "(5/5) " in said and "about 0:0" in said
+    row = ledger.read_row(next(tmp_path.glob("*-gsam-s2-*")))
+    assert row["overrides"] == ["experiment=demo", "optim=gsam", "seed=2"]
+
+
+def test_a_diverged_run_does_not_end_the_queue(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIVERGE", "1")
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 3
+    assert len(trained) == 9
+
+
+def test_an_interrupted_run_ends_the_queue_with_its_code(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP", "1")
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert len(trained) == 5
+
+
+def test_only_and_overrides_on_either_side_of_the_options(trained: Trained, tmp_path: Path) -> None:
+    words = ["run", "demo", "--only", "*/gsam", "recipe.epochs=5", "--ledger", str(tmp_path), "recipe.lr=0.1"]
+    assert main(words) == 0
+    assert len(trained) == 3 and all("-gsam-" in name for name in trained)
+    assert ledger.read_row(next(tmp_path.glob("*")))["config"]["recipe"]["epochs"] == 5
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "demo", "--only", "vit_b32/*"]) == 2
+    assert "matches no row" in capsys.readouterr().err
+
+
+def test_durations() -> None:
+    assert [duration(t) for t in ("90s", "9m", "2h", "45", "1.5d")] == [90, 540, 7200, 45, 129600]
+    with pytest.raises(Exception, match="not a duration"):
+        duration("soon")

@@ -1,0 +1,99 @@
+"""The YAML format of tables, and the runs a table asks for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sam_repro.cli import main
+from sam_repro.errors import UserError
+from sam_repro.paper.spec import load_table, parse_table, runs_of, unique_runs
+
+
+def tree(**row: object) -> dict:
+    rows = [{"id": "m/a", "model": "M", "method": "A", **row}]
+    return {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}, "rows": rows}
+
+
+def test_no_module_of_the_paper_half_imports_torch() -> None:
+    code = (
+        "import sys, pkgutil, importlib, sam_repro.paper as p\n"
+        "[importlib.import_module('sam_repro.paper.' + m.name) for m in pkgutil.iter_modules(p.__path__)]\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_demo_wants_three_methods_times_three_seeds() -> None:
+    runs = unique_runs([load_table("demo")])
+    assert len(runs) == 9
+    first = list(runs.values())[0]
+    assert first.overrides == ("experiment=demo", "optim=vanilla", "seed=0")
+    assert first.run_id.startswith("vit_digits-vanilla-s0-")
+
+
+def test_seeds_interleave_so_that_an_interrupted_plan_is_even() -> None:
+    assert [r.config.seed for r in unique_runs([load_table("demo")]).values()] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_run_that_two_tables_share_is_planned_once() -> None:
+    table = load_table("demo")
+    assert len(unique_runs([table, table])) == 9
+
+
+def test_a_run_id_is_that_of_the_composed_config_with_its_seed() -> None:
+    from sam_repro.config import compose_config, run_id
+
+    table = load_table("demo")
+    for run in runs_of(table, table.rows[2]):
+        assert run_id(compose_config(list(run.overrides))) == run.run_id
+
+
+def test_a_grid_expands_to_all_combinations() -> None:
+    row = {"overrides": ["optim=sam"], "grid": {"model.sam_rho": [0.1, 0.2], "recipe.lr": [1, 2]}, "x": "model.sam_rho"}
+    table = parse_table("t", tree(**row))
+    assert [r.id for r in table.rows][:2] == ["m/a/sam_rho=0.1,lr=1", "m/a/sam_rho=0.1,lr=2"]
+    assert [r.x for r in table.rows] == [0.1, 0.1, 0.2, 0.2]
+    assert runs_of(table, table.rows[3])[0].config.optim.rho_max == 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"overides": []}, "did you mean 'overrides'"),
+        ({"printed": {"vall": 1.0}}, "did you mean 'val'"),
+        ({"printed": {"val": "about 3"}}, "must be a number or 'not in our sources'"),
+        ({"printed": {"val": True}}, "must be a number"),
+        ({"grid": {"recipe.lr": [1]}}, "a grid needs overrides"),
+    ],
+)
+def test_a_bad_row_is_one_sentence(change: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_table("t", tree(**change))
+
+
+def test_a_missing_key_is_named() -> None:
+    bad = tree()
+    del bad["rows"][0]["method"]
+    with pytest.raises(UserError, match="table t, row m/a: .*method"):
+        parse_table("t", bad)
+
+
+def test_an_id_is_used_once() -> None:
+    bad = tree()
+    bad["rows"] *= 2
+    with pytest.raises(UserError, match="used 2 times"):
+        parse_table("t", bad)
+
+
+def test_an_unknown_table_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "dmo"]) == 2
+    assert "did you mean 'demo'" in capsys.readouterr().err
+
+
+def test_an_override_that_does_not_exist_is_one_sentence() -> None:
+    table = parse_table("t", tree(overrides=["optim=gsamm"]))
+    with pytest.raises(UserError, match="did you mean 'gsam'"):
+        runs_of(table, table.rows[0])

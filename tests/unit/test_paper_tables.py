@@ -1,0 +1,138 @@
+"""From ledger rows to intervals, verdicts and rendered tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+import pytest
+from paper_rows import write_rows
+from scipy import stats as scipy_stats
+
+from sam_repro.cli import main
+from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.spec import load_table, parse_table, runs_of
+from sam_repro.paper.stats import compare, interval, verdict
+
+BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
+
+
+def table_with(printed: object) -> object:
+    row = {"id": "m/gsam", "model": "M", "method": "GSAM", "overrides": ["optim=gsam"], "printed": {"val": printed}}
+    return parse_table("t", BASE | {"rows": [row]})
+
+
+def test_the_interval_is_scipys() -> None:
+    values = [76.1, 76.5, 76.2, 76.9]
+    low, high = scipy_stats.t.interval(0.95, 3, statistics.fmean(values), scipy_stats.sem(values))
+    ours = interval(values)
+    assert ours.mean - ours.half == pytest.approx(low) and ours.mean + ours.half == pytest.approx(high)
+
+
+def test_one_seed_has_no_interval_and_no_verdict() -> None:
+    assert interval([1.0]).half is None
+    assert verdict(interval([76.8]), 76.8) == "one seed"
+
+
+@pytest.mark.parametrize(
+    ("printed", "word"),
+    [(50.04, "within"), (50.06, "below"), (49.94, "above"), (None, "measured"), ("not in our sources",) * 2],
+)
+def test_verdict_allows_for_the_rounding_of_the_printed_number(printed: object, word: str) -> None:
+    assert verdict(interval([50.0, 50.0]), printed) == word
+
+
+def test_the_paired_test_is_scipys() -> None:
+    sam, gsam = {0: 75.8, 1: 75.6, 2: 75.9, 7: 1.0}, {0: 76.8, 1: 76.4, 2: 76.8}
+    ours = compare(sam, gsam)
+    theirs = scipy_stats.ttest_rel([76.8, 76.4, 76.8], [75.8, 75.6, 75.9])
+    assert ours.p == pytest.approx(theirs.pvalue) and ours.n == 3 and ours.difference == pytest.approx(0.9)
+    assert ours.words == "significant"
+
+
+def test_equal_methods_are_not_significant() -> None:
+    assert compare({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).words == "not significant"
+    assert compare({0: 1.0}, {0: 2.0}).words == "not testable with one seed"
+    assert compare({0: 1.0}, {1: 2.0}) is None
+
+
+def test_a_row_goes_from_pending_to_a_verdict(tmp_path: Path) -> None:
+    table = table_with(90.0)
+    runs = runs_of(table, table.rows[0])
+    assert outcomes(table, tmp_path)[0].cells[0].verdict == "pending"
+    write_rows(tmp_path, runs[:1], [324])
+    assert outcomes(table, tmp_path)[0].cells[0].verdict == "one seed"
+    write_rows(tmp_path, runs[1:], [325, 323])
+    (o,) = outcomes(table, tmp_path)
+    assert o.cells[0].verdict == "within" and o.cells[0].difference == pytest.approx(0, abs=1e-9)
+    assert o.state == "done" and o.step_ms == pytest.approx(50) and 0.1 < o.metric("surrogate_gap") < 0.2
+
+
+def test_a_diverged_seed_is_the_verdict(tmp_path: Path) -> None:
+    table = table_with(90.0)
+    runs = runs_of(table, table.rows[0])
+    write_rows(tmp_path, runs[:2], [324, 325])
+    write_rows(tmp_path, runs[2:], [0], status="diverged")
+    assert outcomes(table, tmp_path)[0].cells[0].verdict == "diverged"
+
+
+def test_a_held_lock_reads_running(tmp_path: Path) -> None:
+    table = parse_table(
+        "t",
+        BASE
+        | {"base": ["experiment=demo", f"log.runs_dir={tmp_path}"]}
+        | {"rows": [{"id": "m/gsam", "model": "M", "method": "GSAM", "overrides": ["optim=gsam"]}]},
+    )
+    lock = tmp_path / runs_of(table, table.rows[0])[1].run_id / "lock"
+    lock.parent.mkdir()
+    lock.write_text("{}")
+    assert outcomes(table, tmp_path / "ledger")[0].cells[0].verdict == "running"
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    table = load_table("demo")
+    counts = {"vanilla": [330, 333, 331], "sam": [338, 340, 337], "gsam": [345, 343, 347]}
+    for row in table.rows:
+        write_rows(tmp_path, runs_of(table, row), counts[row.id.split("/")[1]])
+    return tmp_path
+
+
+def test_markdown_of_the_demo(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", "demo", "--ledger", str(ledger)]) == 0
+    text = capsys.readouterr().out
+    assert "| ViT digits | SAM             | 93.98 ± 1.05 (3) | measured |" in text
+    assert "SAM against Vanilla (AdamW): +1.94 points (paired by seed, n=3, p=0.0067): significant" in text
+    assert "GSAM against SAM: +1.85 points (paired by seed, n=3, p=0.081): not significant" in text
+    assert "commit 01234567" in text and "CPU test" in text and "seeds 0, 1, 2" in text
+
+
+def test_csv_is_one_line_a_number(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["table", "demo", "--ledger", str(ledger), "--format", "csv"])
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [line["n"] for line in lines] == ["3"] * 3
+    assert float(lines[0]["mean"]) == pytest.approx(100 * 994 / 1080)
+
+
+def test_tex_escapes_and_html_is_whole(ledger: Path, tmp_path: Path) -> None:
+    for kind in ("tex", "html"):
+        main(["table", "demo", "--ledger", str(ledger), "--format", kind, "--output", str(tmp_path / f"t.{kind}")])
+    assert r"digits, \%" in (tmp_path / "t.tex").read_text()
+    assert (tmp_path / "t.html").read_text().endswith("</html>\n")
+
+
+def test_missing_runs_are_planned(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next(ledger.glob("*-gsam-s1-*.json")).unlink()
+    assert main(["plan", "demo", "--missing", "--ledger", str(ledger)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split("\t")[1] == "experiment=demo optim=gsam seed=1"
+
+
+def test_figures_are_written_and_the_same_each_time(ledger: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        assert main(["figures", "demo", "--ledger", str(ledger), "--output", str(tmp_path / folder)]) == 0
+    first, second = ((tmp_path / f / "demo.svg").read_text() for f in ("a", "b"))
+    assert first == second and "Surrogate gap h" in first and "GSAM" in first
+    assert (tmp_path / "a" / "demo.png").stat().st_size > 10_000
