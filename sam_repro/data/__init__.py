@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data.batches import worker_count
+from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.crop import evaluation_geometry, training_geometry
 from sam_repro.data.datasets import BetonSource, ensure, open_source, root_of
 from sam_repro.data.order import Plan, holdout
@@ -62,7 +63,11 @@ def resolve_backend(data: DataConfig) -> tuple[str, str]:
     elif importlib.util.find_spec("ffcv") is None:
         obstacle = "ffcv is not installed"
     else:
-        return "ffcv", f"ffcv is installed and {root_of(data) / 'train.beton'} exists"
+        beton = root_of(data) / "train.beton"
+        cached = (
+            "it fits the page cache" if fits_page_cache(beton) else "it exceeds 70 % of the free memory: read directly"
+        )
+        return "ffcv", f"ffcv is installed and {beton} exists; {cached}"
     if data.backend == "ffcv":
         raise UserError(f"data.backend=ffcv is impossible: {obstacle}")
     return "torch", obstacle
