@@ -1,7 +1,7 @@
 """Checkpoints that survive: written beside, named into place, checked by digest, never unpickled as code.
 
-A checkpoint is two files, `step-00001234.pt` and `step-00001234.json`. The JSON (step, score, configuration hash, SHA-256
-of the .pt) is written last: a .pt without it is an unfinished save and is ignored.
+A checkpoint is two files, `step-00001234.pt` and `step-00001234.json`. The JSON (step, score, configuration hash,
+SHA-256 of the .pt) is written last: a .pt without it is an unfinished save and is ignored.
 """
 
 from __future__ import annotations
@@ -93,9 +93,8 @@ def load_newest(run_dir: Path, *, config_hash: str, device: torch.device) -> tup
     for record in reversed(records(run_dir)):
         path = record["path"]
         if record["config_hash"] != config_hash:
-            raise UserError(
-                f"{path} was made with another configuration (hash {record['config_hash']}, this run's is {config_hash})"
-            )
+            theirs = record["config_hash"]
+            raise UserError(f"{path} was made with another configuration (hash {theirs}, this run's is {config_hash})")
         try:
             if digest(path) != record["sha256"]:
                 raise ValueError("its SHA-256 is not the one recorded")
@@ -119,5 +118,3 @@ def export(model: nn.Module, path: Path, description: dict[str, str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, temporary, metadata=description)
     os.replace(temporary, path)
-
-

@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}; see sam-repro --help")
         module = import_module(COMMANDS[name][0])
-        parser = ArgumentParser(f"sam-repro {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter)
+        parser = ArgumentParser(
+            f"sam-repro {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+        )
         module.add_arguments(parser)
         return module.run(parser.parse_args(rest)) or 0
     except UserError as error:

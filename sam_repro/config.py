@@ -268,7 +268,9 @@ def explain(error: Exception, overrides: list[str]) -> str:
             parent = key.rsplit(".", 2)[0]
             if parent not in ("model.kwargs", "model.tiny_kwargs"):
                 return f"there is no key '{key}'{nearest(key, known + groups)}"
-    return " ".join(str(error).split())
+    reason = error.__cause__ or error  # Hydra wraps what OmegaConf says of a value
+    sentence = " ".join(str(reason).split("\n")[0].split())
+    return f"{sentence} (in {', '.join(overrides)})" if overrides else sentence
 
 
 def validate(cfg: Config) -> None:
@@ -316,7 +318,9 @@ def validate(cfg: Config) -> None:
     if cfg.recipe.steps is not None and cfg.recipe.steps < 1:
         raise UserError(f"recipe.steps={cfg.recipe.steps} must be at least 1, or null to go by epochs")
     if cfg.data.eval_resize < cfg.data.image_size:
-        raise UserError(f"data.eval_resize={cfg.data.eval_resize} is smaller than data.image_size={cfg.data.image_size}")
+        raise UserError(
+            f"data.eval_resize={cfg.data.eval_resize} is smaller than data.image_size={cfg.data.image_size}"
+        )
 
 
 def lookup(cfg: Config, key: str) -> Any:

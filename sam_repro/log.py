@@ -37,7 +37,7 @@ class RunLog:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115: open as long as the run
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         bar = cfg.log.progress == "bar" or (cfg.log.progress == "auto" and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=step, desc=run_id, unit="step", disable=not bar, dynamic_ncols=True)
         self.lines = not bar
@@ -91,7 +91,8 @@ def finite(value: Any) -> Any:
 def summary(record: Record) -> str:
     """The few numbers of a record that fit on a line."""
     if "eval" in record:
-        return f"{record['eval']} {100 * record['correct'] / record['total']:.2f} % ({record['correct']}/{record['total']})"
+        correct, total = record["correct"], record["total"]
+        return f"{record['eval']} {100 * correct / total:.2f} % ({correct}/{total})"
     parts = [f"loss {record['loss']:.4f}", f"h {record['surrogate_gap']:.4f}", f"lr {record['lr']:.2e}"]
     parts += [f"rho {record['rho']:.3f}", f"{record['images_per_second']:.0f} images/s", f"ETA {clock(record['eta'])}"]
     return ", ".join(parts)

@@ -13,30 +13,26 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import Tensor
 
 from sam_repro import checkpoint, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
-from sam_repro.data import Loader, build_loader
+from sam_repro.data import Loader, build_loader, resolve_backend
 from sam_repro.distributed import Ranks, init_ranks
 from sam_repro.errors import UserError
 from sam_repro.evaluate import count_correct
 from sam_repro.lock import RunLock
 from sam_repro.log import RunLog, clock, read_log
 from sam_repro.models import build_model
-from sam_repro.optim import METRICS, GradientStep, build_base, decay_groups, lr_at, rho_at
+from sam_repro.objective import average_buffers, forward_of, gradient_step
+from sam_repro.optim import METRICS, build_base, decay_groups, lr_at, rho_at
+from sam_repro.signals import Interrupted, StopSignal
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
-VANILLA_GROUP = 512  # images a pass where groups do not matter: bounds memory, changes nothing
-
-
-class Interrupted(SystemExit):
-    """The run was told to stop, and saved; the exit code is 128 + the signal, as a shell expects."""
 
 
 def main(cfg: Config) -> ledger.Row:
@@ -60,7 +56,7 @@ def main(cfg: Config) -> ledger.Row:
     bf16 = use_bf16(cfg.train.dtype, ranks.device)
     seed_everything(cfg, ranks)
     lock = open_run(cfg, run_dir) if ranks.main else None
-    stop = StopSignal()
+    stop, loaders = StopSignal(), []
     try:
         # ---- data ------------------------------------------------------------------------------------------------
         local_batch = split_batch(cfg, ranks.world)
@@ -68,6 +64,7 @@ def main(cfg: Config) -> ledger.Row:
         train_loader = loader_of("train", training=True, batch_size=local_batch)
         splits = ["minival", "val"] if cfg.data.train_fraction < 1 else ["val"]
         eval_loaders = {s: loader_of(s, training=False, batch_size=cfg.data.eval_batch_size) for s in splits}
+        loaders = [train_loader, *eval_loaders.values()]
         steps_per_epoch = len(train_loader)
         if steps_per_epoch == 0:
             raise UserError(
@@ -106,6 +103,7 @@ def main(cfg: Config) -> ledger.Row:
             f"{ranks.world} x {hardware(ranks)}, {'bf16' if bf16 else 'fp32'}, {train_loader.backend} loader"
             + (f", resumed at step {done}" if done else "")
         )
+        log.say(f"{train_loader.backend} loader: {resolve_backend(cfg.data)[1]}")
 
         def save(score: float | None = None) -> None:
             """Save everything that step `done` + 1 depends on; rank 0 writes."""
@@ -130,7 +128,8 @@ def main(cfg: Config) -> ledger.Row:
         eval_every = round(cfg.train.eval_every_epochs * steps_per_epoch) or total
         lr_schedule = lr_schedule_of(cfg, total)
         status, counts = "done", {}
-        saved_at = tick = time.perf_counter()
+        interval, saved_at = 0.0, time.perf_counter()
+        tick = saved_at
         model.train()
         for images, labels in batches(train_loader, done, total):
             lr = lr_schedule(done)
@@ -154,17 +153,19 @@ def main(cfg: Config) -> ledger.Row:
             if due or saving:
                 means = dict(zip(METRICS, (totals / counted).tolist(), strict=True))
                 now = time.perf_counter()
-                seconds, elapsed, tick = seconds + now - tick, now - tick, now
+                seconds, interval, tick = seconds + now - tick, interval + now - tick, now
                 if not np.isfinite(means["loss"] + means["grad_norm"]):
                     status = "diverged"
             if due:
                 log.record(
                     {"step": done, "epoch": done / steps_per_epoch, **means, "lr": lr, "rho": rho}
-                    | rates(elapsed, counted, total - done, cfg.recipe.batch_size, seconds, ranks.world)
+                    | rates(interval, counted, total - done, cfg.recipe.batch_size, seconds, ranks.world)
                 )
-                totals, counted = torch.zeros_like(totals), 0
+                totals, counted, interval = torch.zeros_like(totals), 0, 0.0
             if status == "diverged":
-                log.say(f"the loss is not finite at step {done}: stopping; the last good checkpoint is kept in {run_dir}")
+                log.say(
+                    f"the loss is not finite at step {done}: stopping; the last good checkpoint is kept in {run_dir}"
+                )
                 break
             if evaluating:
                 counts = evaluate()
@@ -209,6 +210,8 @@ def main(cfg: Config) -> ledger.Row:
         return row
     finally:
         stop.restore()
+        for loader in loaders:
+            loader.close()
         if lock is not None:
             lock.release()
         ranks.close()
@@ -277,72 +280,10 @@ def loader_factory(cfg: Config, ranks: Ranks) -> Callable[..., Loader]:
     return loader_of
 
 
-def forward_of(
-    cfg: Config, model: nn.Module, device: torch.device, *, bf16: bool
-) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """(params | buffers, uint8 images (B, 3, H, W)) -> fp32 logits (B, classes); {} means the model's own."""
-    mean = 255 * torch.tensor(cfg.data.mean, device=device).view(1, 3, 1, 1)
-    scale = 1 / (255 * torch.tensor(cfg.data.std, device=device).view(1, 3, 1, 1))
-    layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
-
-    def forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-        x = ((images.float() - mean) * scale).contiguous(memory_format=layout)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return torch.func.functional_call(model, tensors, (x,)).float()
-
-    return forward
-
-
-def loss_of(cfg: Config) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits (B, classes), labels (B,)) -> mean loss. Sigmoid: sum over classes of binary cross-entropies."""
-    if cfg.recipe.loss == "softmax":
-        return lambda z, y: F.cross_entropy(z, y, label_smoothing=cfg.recipe.label_smoothing)
-    return lambda z, y: (F.softplus(z).sum(1) - z.gather(1, y[:, None]).squeeze(1)).mean()
-
-
-def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: int, bf16: bool) -> GradientStep:
-    """The engine for this model and method."""
-    forward, loss = forward_of(cfg, model, ranks.device, bf16=bf16), loss_of(cfg)
-
-    def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return loss(forward(tensors, images), labels)
-
-    buffers = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[-1] in RUNNING}
-    m = cfg.optim.m
-    if cfg.optim.perturb == "none" and not buffers:  # the mean gradient does not depend on the groups
-        m = max(d for d in range(1, min(local_batch, VANILLA_GROUP) + 1) if local_batch % d == 0)
-    return GradientStep(
-        torch.compile(objective, dynamic=False) if cfg.train.compile else objective,
-        {n: p for n, p in model.named_parameters() if p.requires_grad},
-        buffers=buffers,
-        perturb=cfg.optim.perturb,
-        combine=cfg.optim.combine,
-        alpha=cfg.optim.alpha,
-        m=m,
-        all_reduce=ranks.sum_ if ranks.world > 1 else None,
-        rank=ranks.rank,
-        world=ranks.world,
-        stochastic=any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules()),
-    )
-
-
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def average_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """BatchNorm's running statistics become their mean over the ranks, as the reference's at evaluation."""
-    if ranks.world > 1:
-        for name, buffer in model.named_buffers():
-            if name.endswith(RUNNING[:2]):
-                ranks.sum_(buffer).div_(ranks.world)
-
-
 def lr_schedule_of(cfg: Config, total: int) -> Callable[[int], float]:
     """step -> learning rate."""
     r = cfg.recipe
-    return lambda step: lr_at(
-        step, total, peak=r.lr, warmup=r.warmup_steps, kind=r.schedule, min_ratio=r.lr_min_ratio
-    )
+    return lambda step: lr_at(step, total, peak=r.lr, warmup=r.warmup_steps, kind=r.schedule, min_ratio=r.lr_min_ratio)
 
 
 def rho_of(cfg: Config, lr: float) -> float:
@@ -371,9 +312,9 @@ def batches(loader: Loader, done: int, total: int) -> Iterator[tuple[Tensor, Ten
                 return
 
 
-def rates(elapsed: float, counted: int, left: int, batch: int, seconds: float, world: int) -> dict[str, float]:
+def rates(interval: float, counted: int, left: int, batch: int, seconds: float, world: int) -> dict[str, float]:
     """Speed over the last interval, time left, and processor-hours so far."""
-    per_step = elapsed / counted
+    per_step = interval / counted
     return {
         "images_per_second": batch / per_step,
         "step_seconds": per_step,
@@ -405,30 +346,6 @@ def report(row: ledger.Row, path: Path) -> str:
 def overrides() -> list[str]:
     """What was typed after train.py, to repeat the run."""
     return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-
-
-class StopSignal:
-    """Remembers SIGTERM, SIGUSR2 (SLURM's warning) or Ctrl-C until the step is over."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.before = {}
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            try:
-                self.before[number] = signal.signal(number, self.receive)
-            except ValueError:  # not the main thread: whoever is, decides
-                break
-
-    def receive(self, number: int, frame: Any) -> None:
-        """Note the signal; a second Ctrl-C ends the process at once."""
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def restore(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ def quadratic(tensors: dict[str, Tensor], hessians: Tensor) -> Tensor:
     return 0.5 * (hessians * tensors["w"] ** 2).sum(1).mean()
 
 
-def gradient_of(w: Tensor, *batch: Tensor, rho: float = 0.0, objective=quadratic, clip: float = 0.0, **method) -> Tensor:
+def gradient_of(
+    w: Tensor, *batch: Tensor, rho: float = 0.0, objective=quadratic, clip: float = 0.0, **method
+) -> Tensor:
     """The engine's gradient of an objective in one parameter, w."""
     p = w.clone().requires_grad_()
     step = GradientStep(objective, {"w": p}, **method)

@@ -173,7 +173,7 @@ def test_q8_only_kernels_decay():
 def test_q17_initial_sigmoid_loss():
     logits, labels = torch.full((3, 1000), -10.0, dtype=torch.float64), torch.tensor([0, 5, 999])
     from sam_repro.config import Config
-    from sam_repro.train import loss_of
+    from sam_repro.objective import loss_of
 
     cfg = Config()
     expected = 999 * math.log1p(math.exp(-10)) + math.log1p(math.exp(10))

@@ -1,0 +1,41 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+help: ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: $(READY) ## .venv with the project, its tests and FFCV
+
+$(READY): pyproject.toml install.sh
+	./install.sh $(VENV)
+	@touch $@
+
+demo: $(READY) ## train vanilla, SAM and GSAM on real digits; print the table, draw the curves
+	$(VENV)/bin/sam-repro run demo
+	$(VENV)/bin/sam-repro table demo
+	$(VENV)/bin/sam-repro figures demo
+
+test: $(READY) ## the whole test suite that needs neither a GPU nor SLURM (under 10 minutes on 2 cores)
+	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-slow: $(READY) ## the tests that take minutes each
+	$(PYTHON) -m pytest -m slow
+
+test-gpu: $(READY) ## the tests that need an NVIDIA GPU
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(READY) ## formatting, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+format: $(READY) ## let ruff rewrite the formatting
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean: ## remove the environment and what runs left behind
+	rm -rf $(VENV) runs data
+
+.PHONY: help install demo test test-slow test-gpu lint format clean

@@ -1,0 +1,34 @@
+"""Told to stop: remember it, finish the step, save, and only then leave."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop, and saved; the exit code is 128 + the signal, as a shell expects."""
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGUSR2 (SLURM's warning) or Ctrl-C until the step is over."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before = {}
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self.receive)
+            except ValueError:  # not the main thread: whoever is, decides
+                break
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Note the signal; a second Ctrl-C ends the process at once."""
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
