@@ -1,0 +1,183 @@
+"""Hessian-vector products of a mean loss over any number of images, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Mean loss of some images: objective(params, *batch) -> 0-d tensor. The contract of sam_repro.optim.step.
+Objective = Callable[..., Tensor]
+Batch = tuple[Tensor, ...]
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Full fp32 products and an attention that can be differentiated twice, inside the block only.
+
+    Fused attention has neither a double backward nor a forward derivative, so the unfused kernel replaces it. TF32
+    and autocast are off: rounding weights to 10 bits is a perturbation as large as those that a curvature measures.
+    """
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+class Hessian:
+    """The Hessian of a mean loss as a linear operator: `hessian(v)` is H v, for a flat vector v.
+
+        H v = sum_b n_b H_b v / sum_b n_b
+
+    over all batches b of n_b images on all ranks, so that a ragged last batch and unequal ranks weigh as their images
+    do. The model must be in eval mode (the caller's job): a Hessian of BatchNorm's batch statistics, or of another
+    dropout mask at each product, is no Hessian of one function.
+
+    Two ways to the same product. "reverse" differentiates <grad f, v> backward; where this rank has one batch, the
+    graph of its gradient is kept, and a product costs one backward pass through it. "forward" differentiates grad f
+    along v, in one traced function that torch.compile can take; it keeps nothing between products.
+
+    Args:
+        objective: (params, *batch) -> mean loss of the images, a 0-d tensor.
+        params: the parameters by name, all of one dtype (float32 or float64) and device. v follows their order.
+        batches: tuples of tensors whose first dimension counts images. Read once for every product.
+        all_reduce: sums a flat tensor over the ranks in place; None for one rank.
+        mode: "reverse" | "forward".
+        keep: keep the gradient's graph of every batch (reverse only). None: if there is only one batch.
+        compiled: torch.compile the product (forward only).
+
+    Attributes:
+        size, dtype, device: of the vectors it takes.
+        products: how many it has made.
+
+    Raises:
+        ValueError: batches that can be read only once, no image on any rank, half precision, an unknown mode.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        params: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        *,
+        all_reduce: Callable[[Tensor], object] | None = None,
+        mode: str = "reverse",
+        keep: bool | None = None,
+        compiled: bool = False,
+    ):
+        if mode not in ("reverse", "forward"):
+            raise ValueError(f"unknown mode '{mode}': reverse or forward")
+        if iter(batches) is batches:
+            raise ValueError("batches can be read only once; give a list, or an object that iterates anew every time")
+        self.objective, self.batches, self.all_reduce, self.mode = objective, batches, all_reduce, mode
+        self.params = {name: p.detach() for name, p in params.items()}
+        first = next(iter(self.params.values()))
+        self.dtype, self.device = first.dtype, first.device
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"curvature wants float32 or float64 parameters, not {self.dtype}")
+        self.shapes = [p.shape for p in self.params.values()]
+        self.sizes = [p.numel() for p in self.params.values()]
+        self.size, self.products = sum(self.sizes), 0
+        self.keep = len(batches) == 1 if keep is None else keep
+        self.graphs: list[tuple[list[Tensor], tuple[Tensor, ...], int]] = []
+        self.tangent = torch.compile(self._tangent) if compiled else self._tangent
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """H v, a new flat vector, equal on all ranks."""
+        self.products += 1
+        vs = self.unflatten(v)
+        with exact_arithmetic(self.device):
+            if self.mode == "forward":
+                parts = ((self.tangent(vs, batch), len(batch[0])) for batch in self.batches)
+            else:
+                parts = ((self._backward(leaves, g, vs), n) for leaves, g, n in self._graphs())
+            return self._mean(parts, length=self.size)
+
+    @torch.no_grad()
+    def loss(self, point: Sequence[Tensor] | None = None) -> Tensor:
+        """The mean loss over the same images in the same arithmetic, at these or other weights (one tensor a name)."""
+        weights = list(self.params.values()) if point is None else point
+        with exact_arithmetic(self.device):
+            parts = (([self._loss(weights, batch)], len(batch[0])) for batch in self.batches)
+            return self._mean(parts, length=1)[0]
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """(mean loss as a 0-d tensor, its flat gradient), over the same images."""
+        leaves = [p.detach().requires_grad_() for p in self.params.values()]
+
+        def parts() -> Iterator[tuple[list[Tensor], int]]:
+            for batch in self.batches:
+                loss = self._loss(leaves, batch)
+                g = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+                yield [*g, loss.detach()], len(batch[0])
+
+        with exact_arithmetic(self.device):
+            both = self._mean(parts(), length=self.size + 1)
+        return both[-1], both[:-1]
+
+    def dense(self) -> Tensor:
+        """All of H, a (size, size) tensor: for small nets."""
+        return torch.stack([self(e) for e in torch.eye(self.size, dtype=self.dtype, device=self.device)])
+
+    def flatten(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
+        """One flat vector of one tensor a parameter, in the order of `params`."""
+        if isinstance(tensors, Mapping):
+            tensors = [tensors[name] for name in self.params]
+        return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+    def unflatten(self, v: Tensor) -> list[Tensor]:
+        """Views of a flat vector in the shapes of the parameters."""
+        return [part.view(shape) for part, shape in zip(v.split(self.sizes), self.shapes, strict=True)]
+
+    def _loss(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
+        return self.objective(dict(zip(self.params, leaves, strict=True)), *batch)
+
+    def _graphs(self) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...], int]]:
+        """(weights, differentiable gradient, number of images) of every batch; remembered where `keep` says so."""
+        if self.graphs:
+            yield from self.graphs
+            return
+        kept = []
+        for batch in self.batches:
+            leaves = [p.detach().requires_grad_() for p in self.params.values()]
+            loss = self._loss(leaves, batch)
+            g = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            if self.keep:
+                kept.append((leaves, g, len(batch[0])))
+            yield leaves, g, len(batch[0])
+        self.graphs = kept
+
+    def _backward(self, leaves: list[Tensor], g: tuple[Tensor, ...], vs: list[Tensor]) -> Sequence[Tensor]:
+        """H v as the derivative of <g, v>. A gradient that is constant (a linear layer's, say) adds nothing."""
+        pairs = [(gi, vi) for gi, vi in zip(g, vs, strict=True) if gi.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        outputs, directions = zip(*pairs, strict=True)
+        return torch.autograd.grad(
+            outputs, leaves, directions, retain_graph=self.keep, allow_unused=True, materialize_grads=True
+        )
+
+    def _tangent(self, vs: list[Tensor], batch: Batch) -> list[Tensor]:
+        """H v as the derivative of grad f along v."""
+        gradient = torch.func.grad(lambda leaves: self._loss(leaves, batch))
+        return torch.func.jvp(gradient, (list(self.params.values()),), (list(vs),))[1]
+
+    def _mean(self, parts: Iterator[tuple[Sequence[Tensor], int]], *, length: int) -> Tensor:
+        """The mean of parts (tensors of `length` numbers in all) weighted by images: one reduction over the ranks."""
+        total = torch.zeros(length + 1, dtype=self.dtype, device=self.device)
+        for tensors, n in parts:
+            total[:-1].add_(torch.cat([t.detach().reshape(-1) for t in tensors]), alpha=n)
+            total[-1] += n
+        if self.all_reduce is not None:
+            self.all_reduce(total)
+        if total[-1] == 0:
+            raise ValueError("there are no images to take the loss of")
+        return total[:-1] / total[-1]
