@@ -102,7 +102,7 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
         ax.set_xlabel("training step")
         ends, lows, highs = [], [], []
         for i, o in enumerate(found):
-            method = o.row.id.rsplit("/", 1)[-1]
+            method = o.row.method_id
             if panel in METRICS and panel != "loss" and method == "vanilla":
                 continue  # without a perturbation there is no gap and no angle
             points = band([line_of(row, panel) for row in o.ledger if row["status"] == "done"])

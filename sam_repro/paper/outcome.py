@@ -112,10 +112,15 @@ def is_running(r: Run) -> bool:
 
 
 def value_of(row: Row, column: Column) -> float | None:
-    """A column's value in a ledger row: accuracy in % from counts, or what the dotted path leads to."""
+    """A column's value in a ledger row: accuracy in % from counts, or what the dotted path leads to.
+
+    `last.<metric>` is the last logged value of a training curve.
+    """
     if column.value is None:
         counts = row["evals"].get(column.name)
         return 100 * counts["correct"] / counts["total"] if counts else None
+    if column.value.startswith("last."):
+        return last(row, column.value.removeprefix("last."))
     node: Any = row
     for key in column.value.split("."):
         node = node.get(key) if isinstance(node, dict) else None
@@ -146,7 +151,7 @@ class Order:
 def order_of_methods(table: Table, found: list[Outcome]) -> list[Order]:
     """Every neighbouring pair of `table.order`, model by model, on the first column, paired by seed."""
     by_id = {o.row.id: o for o in found}
-    models = list(dict.fromkeys(o.row.id.rsplit("/", 1)[0] for o in found))
+    models = list(dict.fromkeys(o.row.id.split("/")[0] for o in found))
     pairs = []
     for model in models:
         named = [by_id[f"{model}/{method}"] for method in table.order if f"{model}/{method}" in by_id]

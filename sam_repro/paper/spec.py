@@ -5,7 +5,8 @@ source:   where the numbers are printed
 base:     overrides that all rows share
 seeds:    how many seeds a row wants (0 ... seeds - 1)
 columns:  name: {title, value, unit, digits}   the first one decides the order of methods. Without `value`, the
-          accuracy in % on the evaluation set of that name; else a dotted path in the ledger row
+          accuracy in % on the evaluation set of that name; else a dotted path in the ledger row, or
+              last.<metric>: the end of a training curve
 order:    methods from worst to best, as the paper claims; each is the last part of a row's id
 select:   evaluation set on which a sweep's winner is chosen, never the test set
 warnings: deviation ids (docs/DEVIATIONS.md) that concern every row
@@ -22,7 +23,7 @@ rows:     list of
     seeds:     where it differs from the table's
     series, x: the line and the abscissa in a figure of kind `sweep`
     grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it
-figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title}
+figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title, log_x}
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ class TableRow:
     series: str = ""
     x: float | str | None = None
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    after: str = ""
+    point: dict[str, Any] = field(default_factory=dict)  # this row's place in the grid it came from
+
+    @property
+    def method_id(self) -> str:
+        """The method's part of the id: what `order` and the colours go by."""
+        return self.id.split("/")[1] if "/" in self.id else self.id
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class Run:
     run_id: str
     overrides: tuple[str, ...]  # what stands after `python train.py`
     config: Config = field(repr=False, compare=False)
+    after: Run | None = None  # the run whose weights this one starts from
 
 
 def tables_dir() -> Path:
@@ -174,17 +183,10 @@ def expand_grid(row: TableRow, where: str) -> list[TableRow]:
     expanded = []
     for values in itertools.product(*row.grid.values()):
         point = dict(zip(row.grid, values, strict=True))
-        short = ",".join(f"{key.rsplit('.', 1)[-1]}={value:g}" for key, value in point.items())
-        expanded.append(
-            replace(
-                row,
-                id=f"{row.id}/{short}",
-                overrides=row.overrides + tuple(f"{key}={value}" for key, value in point.items()),
-                x=point.get(row.x, row.x) if isinstance(row.x, str) else row.x,
-                series=row.series.format(**{k.replace(".", "_"): v for k, v in point.items()}),
-                grid={},
-            )
-        )
+        short = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
+        named = {key.replace(".", "_"): value for key, value in point.items()}
+        x = point.get(row.x, row.x) if isinstance(row.x, str) else row.x
+        expanded.append(replace(row, id=f"{row.id}/{short}", x=x, series=row.series.format(**named), point=point))
     return expanded
 
 
@@ -218,13 +220,53 @@ def runs_of(table: Table, row: TableRow, *, seeds: int | None = None, extra: Ite
     """
     if row.overrides is None:
         return []
+    extra = tuple(extra)
     overrides = (*table.base, *row.overrides, *extra)
-    config = compose_once(overrides)
+    starts: list[Run] | list[None] = [None] * (row.seeds if seeds is None else seeds)
+    if row.after:
+        starts = start_runs(row.after, len(starts), extra)
     found = []
-    for seed in range(row.seeds if seeds is None else seeds):
-        seeded = replace(config, seed=seed)  # the seed changes nothing else, and composing takes tenths of a second
-        found.append(Run(run_id(seeded), (*overrides, f"seed={seed}"), seeded))
+    for seed, start in enumerate(starts):
+        point = row.point | ({"model.weights": start.run_id} if start else {})
+        config = replace(compose_point(overrides, point), seed=seed)
+        typed = (*overrides, *(f"{k}={v}" for k, v in point.items()), f"seed={seed}")
+        found.append(Run(run_id(config), typed, config, start))
     return found
+
+
+def start_runs(after: str, seeds: int, extra: tuple[str, ...]) -> list[Run]:
+    """The runs of `<table>:<row id>`."""
+    name, _, row_id = after.partition(":")
+    table = load_table(name)
+    rows = {row.id: row for row in table.rows}
+    if row_id not in rows:
+        raise UserError(f"after: {after}: table {name} has no row '{row_id}'{nearest(row_id, list(rows))}")
+    return runs_of(table, rows[row_id], seeds=seeds, extra=extra)
+
+
+def compose_point(overrides: tuple[str, ...], point: dict[str, Any]) -> Config:
+    """The configuration of `overrides` with these dotted keys set.
+
+    Composing takes tenths of a second and a sweep has hundreds of points, so one composition, with a marker in the
+    place of every value, shows which leaves of the configuration follow which key; the values are then filled in.
+    """
+    markers = {key: marker_like(value, i) for i, (key, value) in enumerate(point.items())}
+    template = compose_once((*overrides, *(f"{key}={marker}" for key, marker in markers.items())))
+    return fill(template, {marker: point[key] for key, marker in markers.items()})
+
+
+def marker_like(value: Any, i: int) -> Any:
+    """A value of the same type that stands nowhere else."""
+    return f"marker-{i}" if isinstance(value, str) else type(value)(98765432 + i)
+
+
+def fill(node: Any, values: dict[Any, Any]) -> Any:
+    """A configuration with every marker replaced by its value, as the type that the field has."""
+    if is_dataclass(node):
+        return replace(node, **{f.name: fill(getattr(node, f.name), values) for f in fields(node)})
+    if isinstance(node, (list, dict, bool)) or node not in values:
+        return node
+    return type(node)(values[node])
 
 
 @cache
@@ -234,11 +276,11 @@ def compose_once(overrides: tuple[str, ...]) -> Config:
 
 
 def unique_runs(tables: Iterable[Table], *, seeds: int | None = None, extra: Iterable[str] = ()) -> dict[str, Run]:
-    """All runs of some tables by run id; one that several rows share appears once.
+    """All runs of some tables by run id, each once, after the run whose weights it starts from.
 
     The first seed of every row comes before the second of any, so that an interrupted plan is evenly filled.
     """
     extra = tuple(extra)
     rows = [runs_of(table, row, seeds=seeds, extra=extra) for table in tables for row in table.rows]
-    rounds = itertools.zip_longest(*rows)
-    return {run.run_id: run for turn in rounds for run in turn if run is not None}
+    in_turn = [run for turn in itertools.zip_longest(*rows) for run in turn if run is not None]
+    return {run.run_id: run for wanted in in_turn for run in (wanted.after, wanted) if run is not None}
