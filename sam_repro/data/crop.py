@@ -159,7 +159,7 @@ def crop_box(seed, epoch, index, height, width, geometry):
 
 
 @njit(cache=True, nogil=True)
-def _axis(length, resized, start, count, area, reverse):
+def _axis(length, resized, start, count, area):
     """Resampling one axis from `length` to `resized` pixels, output pixels start .. start + count - 1.
 
     Returns (first, taps, weights): output j is the sum over t < taps[j] of weights[j, t] * input[first[j] + t].
@@ -172,22 +172,19 @@ def _axis(length, resized, start, count, area, reverse):
     weights = np.zeros((count, int(np.ceil(scale)) + 2), np.float32)
     for j in range(count):
         out = start + j
-        k = count - 1 - j if reverse else j
         if area:
             low, high = out * scale, (out + 1) * scale
-            begin, end = int(np.floor(low + 1e-9)), min(int(np.ceil(high - 1e-9)), length)
+            begin, end = int(np.floor(low + 1e-9)), int(np.ceil(high - 1e-9))
             for i in range(begin, end):
-                weights[k, i - begin] = (min(i + 1.0, high) - max(float(i), low)) / scale
-            first[k], taps[k] = begin, end - begin
+                weights[j, i - begin] = (min(i + 1.0, high) - max(float(i), low)) / scale
+            first[j], taps[j] = begin, end - begin
         else:
             x = (out + 0.5) * scale - 0.5
             floor = int(np.floor(x))
-            begin, end = max(floor, 0), min(floor + 1, length - 1)
-            first[k] = begin
-            if begin == end:
-                taps[k], weights[k, 0] = 1, 1.0
+            if floor < 0 or floor + 1 >= length:  # beyond the outermost centres: the edge pixel alone
+                first[j], taps[j], weights[j, 0] = max(floor, 0), 1, 1.0
             else:
-                taps[k], weights[k, 0], weights[k, 1] = 2, 1.0 - (x - floor), x - floor
+                first[j], taps[j], weights[j, 0], weights[j, 1] = floor, 2, 1.0 - (x - floor), x - floor
     return first, taps, weights
 
 
@@ -198,10 +195,9 @@ def _resample(image, top, left, h, w, resized_h, resized_w, area, flip, out):
     Columns first: adding whole rows is the part that the processor's vector unit does well.
     """
     rows, columns = out.shape[0], out.shape[1]
-    y_first, y_taps, y_weights = _axis(h, resized_h, (resized_h - rows) // 2, rows, area, False)
-    x_first, x_taps, x_weights = _axis(w, resized_w, (resized_w - columns) // 2, columns, area, flip)
-    begin = x_first.min()  # of the columns that are used at all
-    end = (x_first + x_taps).max()
+    y_first, y_taps, y_weights = _axis(h, resized_h, (resized_h - rows) // 2, rows, area)
+    x_first, x_taps, x_weights = _axis(w, resized_w, (resized_w - columns) // 2, columns, area)
+    begin, end = x_first[0], x_first[-1] + x_taps[-1]  # the columns that are used at all
     pixels = image.reshape(image.shape[0], 3 * image.shape[1])
     line = np.empty(3 * (end - begin), np.float32)
     for y in range(rows):
@@ -220,16 +216,8 @@ def _resample(image, top, left, h, w, resized_h, resized_w, area, flip, out):
                 green += weight * line[at + _ONE]
                 blue += weight * line[at + _TWO]
                 at += _THREE
-            out[y, x, 0], out[y, x, 1], out[y, x, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
-
-
-@njit(cache=True, nogil=True)
-def _fit(image, short, flip, out):
-    """Short side to `short` pixels, then the centre of out's shape. Pixels are copied when nothing is resized."""
-    height, width = image.shape[0], image.shape[1]
-    ratio = short / min(height, width)
-    resized_h, resized_w = int(np.rint(height * ratio)), int(np.rint(width * ratio))
-    _resample(image, 0, 0, height, width, resized_h, resized_w, True, flip, out)
+            to = columns - 1 - x if flip else x
+            out[y, to, 0], out[y, to, 1], out[y, to, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
 
 
 @njit(cache=True, nogil=True)
@@ -238,19 +226,23 @@ def render(image, out, geometry, seed, epoch, index):
 
     image: uint8 [H, W, 3], C-contiguous; out: uint8 [size, size, 3], overwritten.
     """
-    height, width = image.shape[0], image.shape[1]
+    height, width, size = image.shape[0], image.shape[1], geometry.size
     top, left, h, w, flip = crop_box(seed, epoch, index, height, width, geometry)
-    size = geometry.size
-    if geometry.mode == INCEPTION:
-        _resample(image, top, left, h, w, size, size, geometry.antialias, flip, out)
-    elif geometry.mode == CENTRE:
-        _fit(image, geometry.resize, flip, out)
-    else:
-        whole = np.empty((size, size, 3), np.uint8)
-        _fit(image, size, False, whole)
+    fit_h, fit_w, target = size, size, out
+    if geometry.mode != INCEPTION:
+        ratio = (geometry.resize if geometry.mode == CENTRE else size) / min(height, width)
+        fit_h, fit_w = int(np.rint(height * ratio)), int(np.rint(width * ratio))
+    shift_y, shift_x = top, left
+    if geometry.mode == PAD:
+        top, left, h, w = 0, 0, height, width
+        target = np.empty_like(out)
+    # One call: each further one, with constants for arguments, would be compiled for itself.
+    area = geometry.antialias or geometry.mode != INCEPTION
+    _resample(image, top, left, h, w, fit_h, fit_w, area, flip, target)
+    if geometry.mode == PAD:
+        shift_x = -shift_x if flip else shift_x  # what is shifted is mirrored already
         for y in range(size):
             for x in range(size):
-                row, column = y + top, left + (size - 1 - x if flip else x)
-                inside = 0 <= row < size and 0 <= column < size
+                inside = 0 <= y + shift_y < size and 0 <= x + shift_x < size
                 for c in range(3):
-                    out[y, x, c] = whole[row, column, c] if inside else np.uint8(0)
+                    out[y, x, c] = target[y + shift_y, x + shift_x, c] if inside else np.uint8(0)
