@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row
-from sam_repro.paper.outcome import Outcome, curve, outcomes, provenance_of
-from sam_repro.paper.spec import Table, load_table
+from sam_repro.paper.outcome import Cell, Outcome, curve, outcomes, provenance_of
+from sam_repro.paper.spec import UNREADABLE, Column, Table, load_table
 from sam_repro.paper.stats import interval
-from sam_repro.paper.style import RC, SOFT, colour_of, label_lines, save
+from sam_repro.paper.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,14 +72,16 @@ def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, l
     """An empty figure of n panels with title and provenance."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, n, figsize=(4.1 * n + 0.6, 3.5), squeeze=False)
+    figure, axes = plt.subplots(1, n, figsize=(max(6.4, 4.1 * n + 0.6), 3.5), squeeze=False)
     figure.subplots_adjust(wspace=0.5, top=0.77, bottom=0.2)
     left = axes[0][0].get_position().x0
-    figure.text(left, 0.955, table.title, fontsize=13, fontweight="bold", va="bottom")
-    p = provenance_of(found)
-    said = "no run yet" if p is None else f"mean and 95 % interval over seeds {', '.join(map(str, p.seeds))}"
+    figure.text(left, 0.99, table.title, fontsize=13, fontweight="bold", va="top")
+    p, said = provenance_of(found), "no run yet"
     if p is not None:
-        said += f" · {', '.join(p.hardware)} · commit {', '.join(p.commits)}"
+        seeds = f"mean and 95 % interval over seeds {', '.join(map(str, p.seeds))}" if len(p.seeds) > 1 else "one seed"
+        said = " · ".join([seeds, *p.hardware, f"commit {', '.join(p.commits)}"])
+    if any(isinstance(v, (int, float)) for o in found for v in o.row.printed.values()):
+        said += " · ◇ the paper's value"
     figure.text(left, 0.01, said, fontsize=8, color=SOFT, va="bottom")
     plt.close(figure)
     return figure, list(axes[0])
@@ -93,6 +95,7 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
     panels = table.figure.get("panels", [table.columns[0].name, *list(METRICS)[:2]])
     figure, axes = panels_figure(table, found, len(panels))
     titles = {c.name: c.title for c in table.columns}
+    colours = colours_of([name_of(o) for o in found])
     for ax, panel in zip(axes, panels, strict=True):
         if panel not in titles and panel not in METRICS:
             raise UserError(f"table {table.name}: '{panel}' is neither a column nor one of {', '.join(METRICS)}")
@@ -101,15 +104,14 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
         ax.text(0, 1.03, what, transform=ax.transAxes, color=SOFT, fontsize=9)
         ax.set_xlabel("training step")
         ends, lows, highs = [], [], []
-        for i, o in enumerate(found):
-            method = o.row.method_id
-            if panel in METRICS and panel != "loss" and method == "vanilla":
+        for o in found:
+            if panel in METRICS and panel != "loss" and o.row.method_id == "vanilla":
                 continue  # without a perturbation there is no gap and no angle
             points = band([line_of(row, panel) for row in o.ledger if row["status"] == "done"])
             if not points:
                 continue
             xs, mids, los, his = zip(*points, strict=True)
-            colour = colour_of(method, i)
+            colour = colours[name_of(o)]
             ax.plot(xs, mids, color=colour, solid_capstyle="round")
             ax.fill_between(xs, los, his, color=colour, alpha=0.15, linewidth=0)
             ends.append((xs[-1], mids[-1], o.row.series or o.row.method.split(" (")[0], colour))
@@ -120,7 +122,7 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
             room = 0.08 * (max(highs) - min(lows) or 1)
             ax.set_ylim(min(lows) - room, max(highs) + room)
             ax.set_xlim(left=0, right=max(end[0] for end in ends))
-        label_lines(ax, ends)
+        empty_or_labels(ax, ends, found)
     return figure
 
 
@@ -145,4 +147,117 @@ def band(lines: list[dict[int, float]]) -> list[tuple[float, float, float, float
     return points
 
 
-DRAW = {"curves": draw_curves}
+def name_of(o: Outcome) -> str:
+    """What a row's colour goes by: its series in a figure that has several of a method, else its method."""
+    return o.row.series or o.row.method_id
+
+
+# ---- sweeps: a value against a hyper-parameter ---------------------------------------------------------------------
+
+
+def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
+    """One panel a column, one line a series, its points at the rows' x."""
+    panels = columns_of(table)
+    figure, axes = panels_figure(table, found, len(panels))
+    series = list(dict.fromkeys(o.row.series for o in found))
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(series)}
+    for ax, column in zip(axes, panels, strict=True):
+        ax.set_title(column.title + (f", {column.unit}" if column.unit else ""))
+        ax.set_xlabel(table.figure.get("x_title", ""))
+        if table.figure.get("log_x"):
+            ax.set_xscale("log")
+        ends = []
+        for name in series:
+            points = sorted((o.row.x, cell_of(o, column)) for o in found if o.row.series == name)
+            ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
+            if ours:
+                xs, means, halves = zip(*[(x, at.mean, at.half or 0.0) for x, at in ours], strict=True)
+                ax.errorbar(xs, means, halves, color=colours[name], marker="o", markersize=5, elinewidth=1)
+                ends.append((xs[-1], means[-1], name, colours[name]))
+            for x, cell in points:
+                if isinstance(cell.printed, (int, float)):
+                    ax.plot(x, cell.printed, **PRINTED)
+        empty_or_labels(ax, ends, found)
+    return figure
+
+
+# ---- dots: methods beside each other -------------------------------------------------------------------------------
+
+
+def draw_dots(table: Table, found: list[Outcome]) -> Figure:
+    """One panel a column; a line a model with a dot a method, or a line a method where there is one model."""
+    panels = columns_of(table)
+    figure, axes = panels_figure(table, found, len(panels))
+    one_model = len({o.row.model for o in found}) == 1
+    lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in found))
+    colours = colours_of([o.row.method_id for o in found])
+    figure.set_figheight(max(3.0, 1.7 + 0.3 * len(lines)))
+    height = figure.get_figheight()
+    figure.subplots_adjust(wspace=0.12, top=1 - 1.05 / height, bottom=0.75 / height)
+    for ax, column in zip(axes, panels, strict=True):
+        ax.set_title(column.title + (f", {column.unit}" if column.unit else ""))
+        ax.grid(axis="y", visible=False)
+        ax.hlines(range(len(lines)), 0, 1, transform=ax.get_yaxis_transform(), color=LINE, linewidth=0.6, zorder=0)
+        ax.set_ylim(len(lines) - 0.4, -0.6)
+        ax.set_yticks(range(len(lines)), lines if ax is axes[0] else [""] * len(lines))
+        drawn = False
+        for o in found:
+            y, cell = lines.index(o.row.method if one_model else o.row.model), cell_of(o, column)
+            colour = colours[o.row.method_id]
+            if isinstance(cell.printed, (int, float)):
+                ax.plot(cell.printed, y, **PRINTED | {"markeredgecolor": colour})
+                drawn = True
+            if cell.ours is not None:
+                ax.errorbar(cell.ours.mean, y, xerr=cell.ours.half or 0, color=colour, marker="o", markersize=6)
+                drawn = True
+        if not drawn:
+            ax.set_xticks([])
+            ax.text(0.5, 0.5, "no value yet", transform=ax.transAxes, ha="center", va="center", color=SOFT)
+    if not one_model:
+        key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(found)}
+        label_methods(figure, axes[0], [(key[m], colours[m]) for m in colours if m in key])
+    return figure
+
+
+def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, str]]) -> None:
+    """The methods' names in their colours, in one line under the title."""
+    x, y = ax.get_position().x0, 1 - 0.36 / figure.get_figheight()
+    inches = figure.get_figwidth()
+    for title, colour in key:
+        figure.text(x, y, title, color=colour, fontweight="bold", va="top")
+        x += (0.1 * len(title) + 0.2) / inches
+
+
+PRINTED = {"marker": "D", "markersize": 6, "markerfacecolor": "none", "markeredgecolor": SOFT, "linestyle": "none"}
+
+
+def columns_of(table: Table) -> list[Column]:
+    """The columns that the figure shows."""
+    by_name = {c.name: c for c in table.columns}
+    return [by_name[name] for name in table.figure.get("panels", list(by_name))]
+
+
+def cell_of(o: Outcome, column: Column) -> Cell:
+    """A row's cell in a column."""
+    return next(cell for cell in o.cells if cell.column is column)
+
+
+def empty_or_labels(ax: Axes, ends: list[tuple[float, float, str, str]], found: list[Outcome]) -> None:
+    """Label the lines, or say that there are none and why."""
+    label_lines(ax, ends)
+    if not ends:
+        xs = [o.row.x for o in found if isinstance(o.row.x, (int, float))]
+        ax.set_xlim(*limits(xs or [0, 1]))
+        ax.set_yticks([])
+        unread = any(cell.verdict == UNREADABLE for o in found for cell in o.cells)
+        text = "no run yet; the paper's values\nare not in our sources" if unread else "no run yet"
+        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=SOFT)
+
+
+def limits(values: list[float]) -> tuple[float, float]:
+    """The range of some values with a little room."""
+    room = 0.05 * (max(values) - min(values) or 1)
+    return min(values) - (room if min(values) > room else 0), max(values) + room
+
+
+DRAW = {"curves": draw_curves, "sweep": draw_sweep, "dots": draw_dots}

@@ -45,9 +45,12 @@ RC = {
 }
 
 
-def colour_of(method: str, index: int) -> str:
-    """A method's colour; `index` chooses for those without one of their own."""
-    return METHODS.get(method, PALETTE[index % len(PALETTE)])
+def colours_of(methods: list[str]) -> dict[str, str]:
+    """A colour a method: its own, or the next of the palette that none of these has."""
+    own = {m: METHODS[m] for m in methods if m in METHODS}
+    free = [c for c in PALETTE if c not in own.values()] or list(PALETTE)
+    others = [m for m in dict.fromkeys(methods) if m not in own]
+    return own | {m: free[i % len(free)] for i, m in enumerate(others)}
 
 
 def spread(positions: list[float], gap: float) -> list[float]:

@@ -15,6 +15,7 @@ from sam_repro.cli import main
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.spec import load_table, parse_table, runs_of
 from sam_repro.paper.stats import compare, interval, verdict
+from sam_repro.paper.style import spread
 
 BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
 
@@ -136,3 +137,15 @@ def test_figures_are_written_and_the_same_each_time(ledger: Path, tmp_path: Path
     first, second = ((tmp_path / f / "demo.svg").read_text() for f in ("a", "b"))
     assert first == second and "Surrogate gap h" in first and "GSAM" in first
     assert (tmp_path / "a" / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["table1", "table6", "fig3", "fig4", "fig8"])
+def test_every_kind_of_figure_is_drawn_before_any_run(name: str, tmp_path: Path) -> None:
+    assert main(["figures", name, "--ledger", str(tmp_path), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_labels_at_the_ends_of_lines_do_not_overlap() -> None:
+    moved = spread([1.0, 1.01, 0.99, 5.0], 0.5)
+    assert sorted(moved)[:3] == pytest.approx([0.5, 1.0, 1.5]) and moved[3] == 5.0
+    assert moved[2] < moved[0] < moved[1]
