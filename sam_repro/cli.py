@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("sam_repro.paper.plan", "list the runs of a table, for a SLURM array"),
     "table": ("sam_repro.paper.tables", "ours beside the paper's numbers, with intervals and verdicts"),
     "figures": ("sam_repro.paper.figures", "draw a table's curves"),
+    "estimate": ("sam_repro.paper.estimate", "what a table costs, from measured speeds"),
 }
 
 

@@ -1,0 +1,97 @@
+"""Measure this machine: the step of every model and method of some tables, and their loaders, for results/benchmarks/.
+
+A step is measured by a real run of train.py's code on generated images, so that nothing is timed that is not trained.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sam_repro import ledger
+from sam_repro.config import Config, compose_config
+from sam_repro.errors import UserError
+from sam_repro.paper.outcome import curve
+from sam_repro.paper.rates import Entry, benchmarks_dir
+from sam_repro.paper.spec import Table, unique_runs
+
+BATCH = 256  # images a step: a multiple of m, and no more than the generated training set has
+STEPS, WARM = 9, 3  # logged one by one; the first ones compile and allocate
+LOADER_SECONDS = 10.0
+
+
+def calibrate(tables: list[Table], gpu: str) -> Path:
+    """Measure one run of each (model, method, m) and each data set; write and return the JSON file."""
+    runs = unique_runs(tables, seeds=1).values()
+    kinds = {(r.config.model.name, r.config.optim.name, r.config.optim.m): r.config for r in runs}
+    entries: list[Entry] = []
+    hardware = ""
+    for i, cfg in enumerate(kinds.values(), 1):
+        print(f"({i}/{len(kinds)}) step of {cfg.model.name} with {cfg.optim.name}", file=sys.stderr)
+        entry, hardware = measure_step(cfg)
+        entries.append(entry)
+    for name, cfg in {cfg.data.name: cfg for cfg in kinds.values()}.items():
+        print(f"loader of {name}", file=sys.stderr)
+        try:
+            entries.append(measure_loader(cfg))
+        except UserError as error:
+            print(f"not measured: {error}", file=sys.stderr)
+    tree = {"hardware": hardware, "gpu": gpu, "date": time.strftime("%Y-%m-%d"), **ledger.provenance()}
+    path = benchmarks_dir() / f"calibration-{gpu}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree | {"entries": entries}, indent=1) + "\n")
+    print(path, file=sys.stderr)
+    return path
+
+
+def measure_step(cfg: Config) -> tuple[Entry, str]:
+    """Images a second of one process, the median over logged steps; and the hardware's name."""
+    from sam_repro.train import main
+
+    synthetic = compose_config(["data=synthetic"]).data
+    side = cfg.data.image_size
+    data = replace(synthetic, image_size=side, eval_resize=side, num_classes=cfg.data.num_classes)
+    recipe = replace(cfg.recipe, batch_size=BATCH, steps=STEPS, warmup_steps=1)
+    train = replace(cfg.train, log_every=1, eval_every_epochs=0)
+    with tempfile.TemporaryDirectory() as folder:
+        log = replace(cfg.log, runs_dir=folder, ledger_dir=f"{folder}/ledger", wandb="disabled", progress="lines")
+        plain = compose_config(["augment=none"]).augment
+        row = main(replace(cfg, data=data, recipe=recipe, train=train, augment=plain, log=log))
+        if row["status"] != "done":
+            raise UserError(f"the calibration of {row['run_id']} ended {row['status']}")
+        row = ledger.read_row(ledger.row_path(f"{folder}/ledger", row["run_id"]))
+    seconds = [s for s in curve(row, "step_seconds")[WARM:] if s is not None]
+    entry: dict[str, Any] = {"kind": "step", "model": cfg.model.name, "method": cfg.optim.name, "m": cfg.optim.m}
+    entry |= {"batch": BATCH, "dtype": row["dtype"], "image_size": side, "compile": cfg.train.compile}
+    return entry | {"images_per_second": BATCH / statistics.median(seconds) / row["world"]}, row["hardware"]
+
+
+def measure_loader(cfg: Config) -> Entry:
+    """Images a second that the training loader delivers to one process, after its first batch."""
+    import torch
+
+    from sam_repro.data import build_loader
+
+    batch = min(cfg.recipe.batch_size, 512)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = build_loader(
+        cfg.data, cfg.augment, split="train", training=True, batch_size=batch, seed=0, rank=0, world=1, device=device
+    )
+    batches = iter(loader.epoch(0, 0))
+    next(batches)
+    images, start = 0, time.perf_counter()
+    for pixels, _ in batches:
+        images += len(pixels)
+        if time.perf_counter() - start > LOADER_SECONDS:
+            break
+    elapsed = time.perf_counter() - start
+    if not images:
+        raise UserError(f"data={cfg.data.name} has only one batch of {batch}: too few to time the loader")
+    entry = {"kind": "loader", "data": cfg.data.name, "backend": loader.backend, "workers": cfg.data.workers}
+    return entry | {"images_per_second": images / elapsed}

@@ -1,0 +1,168 @@
+"""What a table costs: images, EFLOP, GPU-hours, days and money a row, from speeds measured on the hardware.
+
+  sam-repro estimate table1 --gpu h100 --gpus 8 --price 2.5
+  sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained a GPU
+  sam-repro estimate demo --gpu cpu --calibrate        # first measure this machine for a minute
+
+The speed of a run is the smaller of its step's and its loader's, from results/benchmarks/. Where nothing was
+measured the hours stay empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
+x passes of the method. Evaluation and checkpoints are not counted. Finished runs are shown beside their estimate.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sam_repro.config import Config
+from sam_repro.errors import UserError
+from sam_repro.paper.outcome import Outcome, outcomes
+from sam_repro.paper.rates import Entry, Rate, forward_gflop, load_rates, loader_rate, passes_of, step_rate
+from sam_repro.paper.spec import Run, Table, load_table
+
+# Training images of the data sets, as published; Flowers and Pets: train + val.
+TRAIN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "flowers": 2_040, "pets": 3_680}
+TRAIN_IMAGES |= {"digits": 1_438, "synthetic": 256}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
+    parser.add_argument("--gpu", default="h100", help="hardware whose speeds to take: h100, cpu, ... (default: h100)")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs at work together (default: 8)")
+    parser.add_argument("--price", type=float, metavar="X", help="price of a GPU-hour, in any currency")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--missing", action="store_true", help="count only the runs that the ledger lacks")
+    parser.add_argument(
+        "--tflops", type=float, metavar="X", help="assume this sustained speed a GPU where none is known"
+    )
+    parser.add_argument("--calibrate", action="store_true", help="measure the models and methods of the tables first")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the tables' own)")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run, or several, costs; None where it is not known."""
+
+    images: float  # that pass through the model once forward and backward: steps x batch
+    eflop: float | None
+    hours: float | None  # GPU-hours
+    how: str
+
+
+def run(args: Namespace) -> None:
+    """Print the estimate."""
+    if args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus} must be at least 1")
+    tables = [load_table(name) for name in args.tables]
+    if args.calibrate:
+        from sam_repro.paper.calibrate import calibrate
+
+        calibrate(tables, args.gpu)
+    entries = load_rates(args.gpu)
+    total, counted = [], set()
+    for table in tables:
+        print(f"{table.title}")
+        print(HEADER)
+        for o in outcomes(table, args.ledger, seeds=args.seeds):
+            done = {row["run_id"] for row in o.ledger}
+            runs = [r for r in o.runs if r.run_id not in counted and not (args.missing and r.run_id in done)]
+            counted |= {r.run_id for r in runs}
+            costs = [cost_of(r, entries, args.tflops) for r in runs]
+            total += costs
+            print(line_of(o, costs, args.gpus, args.price))
+        print()
+    print(summary(total, args.gpus, args.price))
+    if any(cost.hours is None for cost in total):
+        print(
+            f"no measured speed of {args.gpu} for some rows: `sam-repro estimate ... --calibrate` on such a machine, "
+            "or --tflops to assume one",
+            file=sys.stderr,
+        )
+
+
+def steps_of(cfg: Config) -> int:
+    """Updates of a run, as sam_repro.train counts them."""
+    if cfg.recipe.steps is not None:
+        return cfg.recipe.steps
+    if cfg.data.name not in TRAIN_IMAGES:
+        raise UserError(f"the number of training images of data={cfg.data.name} is not known; set recipe.steps")
+    samples = round(TRAIN_IMAGES[cfg.data.name] * cfg.data.train_fraction)
+    return max(1, int(cfg.recipe.epochs * samples / cfg.recipe.batch_size))
+
+
+def cost_of(r: Run, entries: list[Entry], tflops: float | None = None) -> Cost:
+    """What one run costs on the hardware of `entries`."""
+    cfg = r.config
+    images = float(steps_of(cfg) * cfg.recipe.batch_size)
+    forward = forward_gflop(cfg.model.name, cfg.data.image_size)
+    eflop = None if forward is None else images * 3 * forward * passes_of(cfg) * 1e-9
+    rate = slower(step_rate(cfg, entries), loader_rate(cfg, entries))
+    if rate is None and tflops and eflop is not None:
+        return Cost(images, eflop, eflop * 1e6 / tflops / 3600, f"assumed {tflops:g} TFLOP/s")
+    return Cost(images, eflop, rate and images / rate.images_per_second / 3600, rate.how if rate else "not measured")
+
+
+def slower(step: Rate | None, loader: Rate | None) -> Rate | None:
+    """The speed of the slower of the two; the step's alone where the loader was not measured; else unknown."""
+    if step is None:
+        return None
+    if loader is None:
+        return Rate(step.images_per_second, f"step {step.how}, loader not measured")
+    if loader.images_per_second < step.images_per_second:
+        return Rate(loader.images_per_second, f"loader-bound, {loader.how}")
+    return Rate(step.images_per_second, f"step {step.how}")
+
+
+HEADER = f"  {'row':<34} {'runs':>4} {'images':>10} {'EFLOP':>8} {'GPU-hours':>10} {'days':>7} {'price':>8}"
+HEADER += f" {'actual h':>9}  speed"
+
+
+def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None) -> str:
+    """One row of the table, all its seeds together, with the hours of the runs that are finished."""
+    actual = sum(row.get("hours", 0.0) for row in o.ledger)
+    total = add(costs)
+    how = costs[0].how if costs else "shared with a row above, finished, or nothing to run"
+    return (
+        f"  {o.row.id:<34} {len(costs):>4} {figures(total, gpus, price)} "
+        f"{f'{actual:.2f}' if o.ledger else '–':>9}  {how}"
+    )
+
+
+def figures(cost: Cost, gpus: int, price: float | None) -> str:
+    """Images, EFLOP, hours, days and price in columns."""
+    hours = cost.hours
+    cells = [f"{cost.images:>10.3g}", f"{cost.eflop:>8.3g}" if cost.eflop is not None else f"{'–':>8}"]
+    cells += [f"{hours:>10.4g}", f"{hours / gpus / 24:>7.3g}"] if hours is not None else [f"{'–':>10}", f"{'–':>7}"]
+    cells.append(f"{hours * price:>8.5g}" if hours is not None and price is not None else f"{'–':>8}")
+    return " ".join(cells)
+
+
+def add(costs: Iterable[Cost]) -> Cost:
+    """The sum; unknown as soon as one part is."""
+    costs = list(costs)
+    eflops, hours = [c.eflop for c in costs], [c.hours for c in costs]
+    return Cost(
+        sum(c.images for c in costs),
+        None if None in eflops else sum(e for e in eflops if e is not None),
+        None if None in hours else sum(h for h in hours if h is not None),
+        "",
+    )
+
+
+def summary(costs: list[Cost], gpus: int, price: float | None) -> str:
+    """The total, and the part of it that is known where not all is."""
+    known = [c for c in costs if c.hours is not None]
+    lines = [f"  {'all, shared runs once':<34} {len(costs):>4} {figures(add(costs), gpus, price)}"]
+    if known and len(known) < len(costs):
+        lines.append(f"  {'of which of known speed':<34} {len(known):>4} {figures(add(known), gpus, price)}")
+    lines.append("  EFLOP = images x GFLOP forward x 3 x passes (vanilla 1, SAM and GSAM 2, CR-SAM 3) / 10^9")
+    return "\n".join(lines)
+
+
+def row_costs(table: Table, found: list[Outcome], entries: list[Entry]) -> dict[str, Cost]:
+    """{row id: cost of all its runs}, for the report."""
+    return {o.row.id: add(cost_of(r, entries) for r in o.runs) for o in found if o.runs}

@@ -1,0 +1,111 @@
+"""Measured speeds in results/benchmarks/*.json, and the one that fits a run.
+
+A file is {"hardware": name as the ledger has it, "gpu": short name such as "h100", "date", "commit", "versions",
+"entries": [...]}. An entry is one of
+
+    {"kind": "step", "model", "method", "m", "batch": images a GPU, "dtype", "image_size", "images_per_second"}
+    {"kind": "loader", "data", "backend", "workers", "images_per_second"}
+
+per GPU: a loader entry is what the cores of one GPU deliver. Other keys (compile, memory) are kept and ignored.
+`flops.json` is of another form: {"gflop_forward": {model: {image size: GFLOP of one image}}}.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sam_repro.config import Config
+from sam_repro.errors import UserError
+
+Entry = dict[str, Any]
+REQUIRED = {"step": ("model", "method", "m", "images_per_second"), "loader": ("data", "images_per_second")}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Images a second of one GPU, and how it is known."""
+
+    images_per_second: float
+    how: str
+
+
+def benchmarks_dir() -> Path:
+    """results/benchmarks of the checkout."""
+    return Path(__file__).resolve().parents[2] / "results" / "benchmarks"
+
+
+def passes_of(cfg: Config) -> int:
+    """Forward and backward passes a step: 1 without a perturbation, 2 with one, 3 for CR-SAM's two."""
+    if cfg.optim.perturb == "none":
+        return 1
+    return 3 if cfg.optim.combine == "cr" else 2
+
+
+@cache
+def forward_gflop(model: str, image_size: int) -> float | None:
+    """Counted GFLOP of one image's forward pass, or None where nobody counted."""
+    path = benchmarks_dir() / "flops.json"
+    table = json.loads(path.read_text())["gflop_forward"] if path.is_file() else {}
+    return table.get(model, {}).get(str(image_size))
+
+
+def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
+    """All entries measured on a kind of hardware; `gpu` is the short name, or a part of the full one.
+
+    Raises:
+        UserError: a file that does not follow the form.
+    """
+    entries = []
+    for path in sorted((folder or benchmarks_dir()).glob("*.json")):
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        if not isinstance(tree, dict) or "entries" not in tree:
+            continue  # another kind of measurement
+        if gpu.lower() not in (tree.get("gpu", "").lower(), *tree.get("hardware", "").lower().split()):
+            continue
+        for entry in tree["entries"]:
+            missing = [k for k in REQUIRED.get(entry.get("kind", ""), ("kind",)) if k not in entry]
+            if missing:
+                raise UserError(f"{path}: an entry lacks {', '.join(missing)}")
+            entries.append(entry | {"file": path.name})
+    return entries
+
+
+def step_rate(cfg: Config, entries: list[Entry]) -> Rate | None:
+    """The step's speed: measured for this model, method and m, else scaled from another method of the same model.
+
+    Scaling is by the number of passes and says so; another model's speed is never used.
+    """
+    m = cfg.optim.m
+    same = [e for e in entries if e["kind"] == "step" and e["model"] == cfg.model.name]
+    same = [e for e in same if e.get("image_size", cfg.data.image_size) == cfg.data.image_size]
+    for entry in same:
+        if entry["method"] == cfg.optim.name and (passes_of(cfg) == 1 or entry["m"] == m):
+            return Rate(entry["images_per_second"], f"measured ({entry['file']})")
+    for entry in same:
+        if entry["method"] in PASSES and (entry["m"] == m or passes_of(cfg) == 1):
+            scale = PASSES[entry["method"]] / passes_of(cfg)
+            return Rate(
+                scale * entry["images_per_second"], f"scaled by passes from {entry['method']} ({entry['file']})"
+            )
+    return None
+
+
+PASSES = {"vanilla": 1, "sam": 2, "gsam": 2}  # methods that others may be scaled from
+
+
+def loader_rate(cfg: Config, entries: list[Entry]) -> Rate | None:
+    """The loader's speed for one GPU on this data set."""
+    known = [e for e in entries if e["kind"] == "loader" and e["data"] == cfg.data.name]
+    return max((Rate(e["images_per_second"], f"measured ({e['file']})") for e in known), default=None, key=speed)
+
+
+def speed(rate: Rate) -> float:
+    """What rates are ordered by."""
+    return rate.images_per_second

@@ -1,0 +1,101 @@
+"""Costs from FLOPs and measured speeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from paper_rows import write_rows
+
+from sam_repro.cli import main
+from sam_repro.config import compose_config
+from sam_repro.errors import UserError
+from sam_repro.paper import rates
+from sam_repro.paper.estimate import cost_of, slower, steps_of
+from sam_repro.paper.rates import Rate, load_rates, loader_rate, passes_of, step_rate
+from sam_repro.paper.spec import load_table, runs_of, unique_runs
+
+
+def write(folder: Path, *entries: dict, **head: str) -> Path:
+    tree = {"hardware": "NVIDIA H100 80GB HBM3", "gpu": "h100", "entries": list(entries)} | head
+    (folder / f"{head.get('gpu', 'h100')}.json").write_text(json.dumps(tree))
+    return folder
+
+
+STEP = {"kind": "step", "model": "vit_b32", "method": "sam", "m": 64, "images_per_second": 5000.0}
+
+
+def test_table_1_is_799_eflop_a_seed() -> None:
+    """The sum was counted independently: 160 vanilla and 799 in all."""
+    runs = unique_runs([load_table("table1")], seeds=1).values()
+    eflop = {r.run_id: cost_of(r, []).eflop for r in runs}
+    assert sum(eflop.values()) == pytest.approx(799, rel=0.005)
+    assert sum(e for name, e in eflop.items() if "-vanilla-" in name) == pytest.approx(160, rel=0.005)
+
+
+def test_steps_are_those_of_training() -> None:
+    assert steps_of(compose_config(["model=vit_b32"])) == 300 * 1_268_355 // 4096
+    assert steps_of(compose_config(["experiment=demo", "recipe.steps=7"])) == 7
+
+
+def test_a_measured_speed_is_taken_as_it_is(tmp_path: Path) -> None:
+    entries = load_rates("h100", write(tmp_path, STEP))
+    cfg = compose_config(["model=vit_b32", "optim=sam"])
+    assert step_rate(cfg, entries) == Rate(5000.0, "measured (h100.json)")
+    assert load_rates("H100", tmp_path) and load_rates("nvidia", tmp_path) and not load_rates("h200", tmp_path)
+
+
+def test_another_method_is_scaled_by_passes_and_says_so(tmp_path: Path) -> None:
+    entries = load_rates("h100", write(tmp_path, STEP))
+    gsam, vanilla = (step_rate(compose_config(["model=vit_b32", f"optim={m}"]), entries) for m in ("gsam", "vanilla"))
+    assert gsam.images_per_second == 5000 and "scaled by passes from sam" in gsam.how
+    assert vanilla.images_per_second == 10_000
+
+
+def test_another_model_or_m_is_never_guessed_from(tmp_path: Path) -> None:
+    entries = load_rates("h100", write(tmp_path, STEP))
+    assert step_rate(compose_config(["model=vit_s32", "optim=sam"]), entries) is None
+    assert step_rate(compose_config(["model=vit_b32", "optim=sam", "optim.m=512"]), entries) is None
+
+
+def test_the_slower_of_step_and_loader_decides(tmp_path: Path) -> None:
+    entries = load_rates(
+        "h100", write(tmp_path, STEP, {"kind": "loader", "data": "imagenet", "images_per_second": 900})
+    )
+    cfg = compose_config(["model=vit_b32", "optim=sam"])
+    rate = slower(step_rate(cfg, entries), loader_rate(cfg, entries))
+    assert rate.images_per_second == 900 and rate.how.startswith("loader-bound")
+    assert slower(None, loader_rate(cfg, entries)) is None
+
+
+def test_hours_are_images_over_speed(tmp_path: Path) -> None:
+    entries = load_rates("h100", write(tmp_path, STEP))
+    table = load_table("table1")
+    (run,) = runs_of(table, next(r for r in table.rows if r.id == "vit_b32/sam"), seeds=1)
+    assert cost_of(run, entries).hours == pytest.approx(92_897 * 4096 / 5000 / 3600, rel=1e-4)
+
+
+def test_a_malformed_entry_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lacks m"):
+        load_rates("h100", write(tmp_path, {"kind": "step", "model": "x", "method": "sam", "images_per_second": 1}))
+
+
+def test_without_a_speed_the_hours_stay_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(rates, "benchmarks_dir", lambda: tmp_path)
+    assert main(["estimate", "demo", "--gpu", "h100"]) == 0
+    said = capsys.readouterr()
+    assert "not measured" in said.out and "no measured speed of h100" in said.err
+
+
+def test_actual_hours_stand_beside_the_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = load_table("demo")
+    write_rows(tmp_path, runs_of(table, table.rows[0]), [330, 331, 332])
+    main(["estimate", "demo", "--ledger", str(tmp_path), "--missing"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.03" in next(line for line in lines if "vit_digits/vanilla" in line)
+    assert next(line for line in lines if "all, shared" in line).split()[4] == "6"
+
+
+def test_passes() -> None:
+    assert [passes_of(compose_config([f"optim={m}"])) for m in ("vanilla", "sam", "gsam")] == [1, 2, 2]
