@@ -46,8 +46,8 @@ class ModelConfig:
 class RecipeConfig:
     """Schedule, base optimizer and loss: what vanilla, SAM and GSAM have in common."""
 
-    name: str = MISSING
-    epochs: float = 300
+    name: str = MISSING  # of its YAML file, and of its rows in tables
+    epochs: float = 300  # passes over the training split
     steps: int | None = None  # overrides epochs
     batch_size: int = 4096  # global: all ranks together
     base: str = "adamw"  # adamw | sgd
@@ -70,7 +70,7 @@ class RecipeConfig:
 class OptimConfig:
     """The gradient method: a perturbation (where to look) and a combination (what to descend)."""
 
-    name: str = MISSING
+    name: str = MISSING  # of its YAML file, and of its rows in tables
     perturb: str = "none"  # none | sam
     combine: str = "robust"  # robust (SAM) | ascent (GSAM)
     rho_max: float = 0.0  # radius of the perturbation at the peak learning rate
@@ -85,7 +85,7 @@ class OptimConfig:
 class AugmentConfig:
     """What happens to a training image between the file and the model."""
 
-    name: str = MISSING
+    name: str = MISSING  # of its YAML file, and of its rows in tables
     crop: str = "inception"  # inception | pad (zeros around, random crop) | none (as in evaluation)
     pad: int = 4  # pad: pixels of zeros on each side
     scale: list[float] = field(default_factory=lambda: [0.05, 1.0])  # inception: range of the crop's area
@@ -99,11 +99,11 @@ class DataConfig:
 
     name: str = MISSING  # imagenet | digits | synthetic
     root: str | None = None  # folder with train.beton and val.beton, or with train/ and val/ class folders
-    num_classes: int = 1000
+    num_classes: int = 1000  # outputs of the head
     image_size: int = 224  # side of the square given to the model
     eval_resize: int = 256  # evaluation: short side before the centre crop; equal to image_size means no margin
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])  # of pixels in [0, 1]; .5, .5: range [-1, 1]
-    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])  # likewise
     train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
     backend: str = "auto"  # ffcv | torch | auto
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
@@ -122,7 +122,7 @@ class TrainConfig:
     threads: int = 0  # CPU threads of torch; 0 leaves torch's choice
     log_every: int = 50  # steps between log lines; the only moments the host waits for the device
     eval_every_epochs: float = 10  # 0: only at the end
-    save_every_minutes: float = 20
+    save_every_minutes: float = 20  # besides after every evaluation
     save_every_steps: int = 0  # 0: by minutes only
 
 
@@ -133,7 +133,7 @@ class LogConfig:
     runs_dir: str = "runs"  # <runs_dir>/<run_id>: config, log.jsonl, checkpoints, final weights
     ledger_dir: str = "results/runs"  # one immutable JSON a finished run
     wandb: str = "auto"  # auto: online with a key, else offline | online | offline | disabled
-    project: str = "sam-repro"
+    project: str = "sam-repro"  # of W&B
     group: str | None = None  # W&B group, such as table1/vit_b32
     progress: str = "auto"  # auto: a bar on a terminal, else lines | bar | lines
 

@@ -16,6 +16,15 @@ from sam_repro.errors import UserError
 # Sigmoid cross-entropy starts with every class improbable: sigmoid(-10) (official configuration, init_head_bias).
 SIGMOID_HEAD_BIAS = -10.0
 
+# timm's MLP-Mixers. Its own constructors take no other size (and S/8 has none), so the class is built directly.
+MIXERS = {
+    "mixer_s32_224": {"patch_size": 32, "num_blocks": 8, "embed_dim": 512},
+    "mixer_s16_224": {"patch_size": 16, "num_blocks": 8, "embed_dim": 512},
+    "mixer_s8_224": {"patch_size": 8, "num_blocks": 8, "embed_dim": 512},
+    "mixer_b32_224": {"patch_size": 32, "num_blocks": 12, "embed_dim": 768},
+    "mixer_b16_224": {"patch_size": 16, "num_blocks": 12, "embed_dim": 768},
+}
+
 
 def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: str = "softmax") -> nn.Module:
     """The model of `cfg` with a zero head, its bias -10 where the loss is "sigmoid".
@@ -44,11 +53,11 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
 
 
 def create(name: str, kwargs: dict) -> nn.Module:
-    """timm.create_model, and the one model of Table 1 that timm lacks."""
+    """timm.create_model, and the Mixers of every size."""
     if kwargs.get("act_layer") == "gelu_tanh":  # flax's GELU is the tanh approximation; Mixers take no name
         kwargs = kwargs | {"act_layer": partial(nn.GELU, approximate="tanh")}
-    if name == "mixer_s8_224":
-        return MlpMixer(**({"patch_size": 8, "num_blocks": 8, "embed_dim": 512} | kwargs))
+    if name in MIXERS:
+        return MlpMixer(**(MIXERS[name] | kwargs))
     if not timm.is_model(name):
         raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
     return timm.create_model(name, **kwargs)

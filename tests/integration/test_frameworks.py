@@ -1,0 +1,144 @@
+"""The same small problem through a plain loop, Hugging Face accelerate and PyTorch Lightning: the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sam_repro.optim.wrapper import GSAM, SAM
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 3))
+
+
+def loader() -> DataLoader:
+    generator = torch.Generator().manual_seed(4)
+    x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+def optimizer(build, model):
+    return build(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.2, model=model)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([t.detach().float().reshape(-1) for t in model.state_dict().values()])
+
+
+def plain(build) -> torch.Tensor:
+    """Two epochs with first_step and second_step, a schedule, and clipping of both gradients."""
+    model = network()
+    opt = optimizer(build, model)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 4, gamma=0.5)
+    torch.manual_seed(0)
+    for _ in range(2):
+        for x, y in loader():
+            for step in (opt.first_step, opt.second_step):
+                opt.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                step()
+            schedule.step()
+    return weights(model)
+
+
+def accelerated(build) -> torch.Tensor:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = network()
+    opt = optimizer(build, model)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 4, gamma=0.5)
+    model, opt, data, schedule = accelerator.prepare(model, opt, loader(), schedule)
+    torch.manual_seed(0)
+    for _ in range(2):
+        for x, y in data:
+
+            def closure(x=x, y=y):
+                opt.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                return loss
+
+            opt.step(closure)
+            schedule.step()
+    return weights(accelerator.unwrap_model(model))
+
+
+def lightning_module(build):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return F.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self):
+            opt = optimizer(build, self.net)
+            schedule = torch.optim.lr_scheduler.StepLR(opt, 4, gamma=0.5)
+            return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    return lightning, Module()
+
+
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "devices": 1,
+}
+
+
+def lightened(build, **kwargs) -> torch.Tensor:
+    pytest.importorskip("lightning")
+    lightning, module = lightning_module(build)
+    trainer = lightning.Trainer(max_epochs=2, gradient_clip_val=0.5, enable_checkpointing=False, **QUIET, **kwargs)
+    torch.manual_seed(0)
+    trainer.fit(module, loader())
+    return weights(module.net)
+
+
+@pytest.mark.parametrize("build", [SAM, GSAM])
+@pytest.mark.parametrize("framework", [accelerated, lightened])
+def test_frameworks_equal_the_plain_loop(framework, build):
+    torch.testing.assert_close(framework(build), plain(build), rtol=1e-5, atol=1e-6)
+
+
+def test_lightning_resumes_with_the_moments_of_the_base_optimizer(tmp_path):
+    pytest.importorskip("lightning")
+    whole = lightened(SAM)
+    lightning, module = lightning_module(SAM)
+    module.net[3].p = 0.0
+    straight = lightning.Trainer(max_epochs=2, enable_checkpointing=False, **QUIET)
+    straight.fit(module, loader())
+
+    lightning, first = lightning_module(SAM)
+    first.net[3].p = 0.0
+    trainer = lightning.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "epoch.ckpt")
+
+    lightning, second = lightning_module(SAM)
+    second.net[3].p = 0.0
+    again = lightning.Trainer(max_epochs=2, enable_checkpointing=False, **QUIET)
+    again.fit(second, loader(), ckpt_path=tmp_path / "epoch.ckpt", weights_only=False)
+    assert torch.equal(weights(second.net), weights(module.net))
+    assert not torch.equal(weights(second.net), whole)  # which was trained with dropout and clipping
+
+
+def test_lightning_accumulation_is_refused_in_one_sentence():
+    pytest.importorskip("lightning")
+    with pytest.raises(ValueError, match="accumulate inside the closure"):
+        lightened(SAM, accumulate_grad_batches=2)

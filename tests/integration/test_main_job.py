@@ -1,0 +1,196 @@
+"""train.py in a process of its own: every model and method, resuming, stopping, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from commands import TINY, only, row_of, start, train
+from safetensors.torch import load_file
+
+from sam_repro import ledger
+from sam_repro.config import choices, compose_config
+from sam_repro.log import read_log
+from sam_repro.train import main
+
+MODELS = [name for name in choices("model") if name != "vit_digits"]
+
+
+@pytest.mark.parametrize("optim", choices("optim"))
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_runs_with_every_method(model, optim, tmp_path):
+    """In this process, for speed; the other tests of this file start the real command."""
+    folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
+    small = ["train.device=cpu", "train.threads=1", "recipe.steps=2", "recipe.batch_size=16"]
+    row = main(compose_config([f"model={model}", f"optim={optim}", "debug=tiny", *small, *folders]))
+    assert row["status"] == "done" and row["step"] == 2
+    assert row["evals"]["val"]["total"] > 0
+    assert ledger.read_ledger(tmp_path / "ledger")[0]["run_id"] == row["run_id"]
+
+
+def test_twelve_models():
+    assert len(MODELS) == 12
+
+
+def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
+    output = train(tmp_path, *TINY)
+    assert "done: val" in output
+    row, run_dir = row_of(tmp_path), only(tmp_path, "runs/tiny/vit*")
+    assert row["m"] == 8 and row["world"] == 1 and len(row["commit"]) in (7, 40) and row["hours"] > 0
+    assert row["versions"]["torch"] and row["hardware"].startswith("CPU") and row["manifest"]
+    training = [r for r in read_log(run_dir / "log.jsonl") if "eval" not in r]
+    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "loss_robust", "surrogate_gap", "cosine", "grad_norm", "lr", "rho", "hours"} <= training[0].keys()
+    assert training[2]["surrogate_gap"] == pytest.approx(training[2]["loss_robust"] - training[2]["loss"], abs=1e-5)
+    weights = load_file(run_dir / "model.safetensors")
+    assert "blocks.0.attn.qkv.weight" in weights  # timm's own names
+    before = (run_dir / "log.jsonl").read_text()
+    assert "is done" in train(tmp_path, *TINY)
+    assert (run_dir / "log.jsonl").read_text() == before
+
+
+def test_killed_and_resumed_is_bitwise_an_undisturbed_run(tmp_path):
+    """Killed in the middle of an epoch, twice, the second time in the middle of a save."""
+    longer = [*TINY, "recipe.steps=20", "recipe.batch_size=32", "train.save_every_steps=3", "train.deterministic=true"]
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    quiet.mkdir(), killed.mkdir()
+    train(quiet, *longer)
+    for step in (4, 11):
+        process = start(killed, *longer)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"[{step}/20]"):
+                process.kill()
+        process.wait()
+    output = train(killed, *longer)
+    assert "resumed at step" in output
+    one, other = (only(w, "runs/tiny/vit*") for w in (quiet, killed))
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    timing = ("images_per_second", "step_seconds", "eta", "hours")
+    logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(d / "log.jsonl")] for d in (one, other)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
+    longer = [*TINY, "recipe.steps=400", "train.log_every=5"]
+    process = start(tmp_path, *longer)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[10/400]"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 128 + number, rest
+    assert "the same command goes on from there" in rest and "Traceback" not in rest
+    saved = json.loads(only(tmp_path, "runs/tiny/vit*/step-*.json").read_text())["step"]
+    process = start(tmp_path, *longer)
+    assert process.stdout is not None
+    seen = [process.stdout.readline() for _ in range(3)]
+    process.kill()
+    process.wait()
+    assert any(f"resumed at step {saved}" in line for line in seen), seen
+
+
+def test_two_ranks_give_the_weights_of_one(tmp_path):
+    """Equal m and global batch: 1 process of 4 groups and 2 of 2, gloo; equal to rounding, exact evaluation.
+
+    With SGD: AdamW turns the sign of a gradient that is zero but for rounding into a full step.
+    """
+    sgd = [*TINY, "recipe.base=sgd", "recipe.lr=0.05"]
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    alone.mkdir(), pair.mkdir()
+    train(alone, *sgd)
+    port = str(20_000 + time.time_ns() % 20_000)
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    peers = [start(pair, *sgd, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)]
+    outputs = [p.communicate(timeout=240)[0] for p in peers]
+    assert [p.returncode for p in peers] == [0, 0], outputs
+    a, b = (load_file(only(w, "runs/tiny/vit*/model.safetensors")) for w in (alone, pair))
+    worst = max(((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-3)).item() for k in a)
+    assert worst < 1e-5
+    assert (
+        row_of(pair)["world"] == 2 and row_of(pair)["evals"]["val"]["total"] == row_of(alone)["evals"]["val"]["total"]
+    )
+
+
+def test_a_diverging_run_is_recorded_and_keeps_its_last_good_checkpoint(tmp_path):
+    wild = [*TINY, "recipe.lr=1e30", "recipe.clip=0", "recipe.steps=40", "train.save_every_steps=1"]
+    wild += ["recipe.base=sgd", "optim=vanilla"]
+    output = train(tmp_path, *wild, code=3)
+    assert "not finite" in output and "Traceback" not in output
+    row = row_of(tmp_path)
+    assert row["status"] == "diverged"
+    state = torch.load(sorted(tmp_path.glob("runs/tiny/vit*/step-*.pt"))[-1], weights_only=True)
+    assert all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+BAD = {
+    "optim=gsamm": "optim=gsamm does not exist; did you mean 'gsam'?",
+    "model=vit_b33": "did you mean 'vit_b32'?",
+    "optim.rho_mx=1": "there is no key 'optim.rho_mx'; did you mean 'optim.rho_max'?",
+    "recipe.lr=fast": "fast",
+    "optim.rho_max=-1": "optim.rho_max=-1.0 must be a finite number, 0 or greater",
+    "optim.alpha=nan": "optim.alpha=nan must be a finite number",
+    "recipe.lr=0": "recipe.lr=0.0 must be greater than 0",
+    "optim.m=5": "optim.m=5 does not divide the batch of 32 images a process",
+    "train.device=tpu": "train.device=tpu is not one of auto, cpu, cuda",
+    "recipe.schedule=lineer": "did you mean 'linear'?",
+    "model.timm=vit_small_patch32_225": "did you mean 'vit_small_patch32_224'?",
+    "+model.kwargs.depht=3": "refused",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_input_is_one_sentence(argument, tmp_path):
+    output = train(tmp_path, *TINY, argument, code=2)
+    assert BAD[argument] in output and "Traceback" not in output
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert not list(tmp_path.glob("runs/tiny/ledger/*")), error
+
+
+def test_missing_data_root(tmp_path):
+    arguments = ["model=vit_s32", "optim=gsam", "train.device=cpu"]
+    for root in ([], ["data.root=nowhere"]):
+        output = train(tmp_path, *arguments, *root, code=2)
+        assert "error: " in output and "Traceback" not in output
+
+
+def test_batch_must_divide_over_the_processes(tmp_path):
+    env = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    from sam_repro.train import split_batch
+
+    cfg = compose_config([*TINY])
+    with pytest.raises(ValueError, match="recipe.batch_size=32 does not divide over 3 processes"):
+        split_batch(cfg, int(env["WORLD_SIZE"]))
+
+
+def test_a_second_process_is_refused(tmp_path):
+    longer = [*TINY, "recipe.steps=4000"]
+    process = start(tmp_path, *longer)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[2/4000]"):
+            break
+    output = train(tmp_path, *longer, code=2)
+    process.kill()
+    process.wait()
+    assert "another process is at work" in output
+    assert not only(tmp_path, "runs/tiny/vit*").joinpath("model.safetensors").exists()
+
+
+def test_sweep_runs_one_after_the_other_and_hydra_makes_no_directories(tmp_path):
+    train(tmp_path, "-m", *TINY, "recipe.steps=1", "seed=0,1")
+    assert len(list(tmp_path.glob("runs/tiny/ledger/*.json"))) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+    assert not list(tmp_path.rglob(".hydra"))
+
+
+def test_the_resolved_configuration_can_be_printed(tmp_path):
+    output = train(tmp_path, "model=vit_b32", "optim=gsam", "--cfg", "job", "--resolve")
+    assert "rho_max: 0.6" in output and "warmup_steps: 10000" in output
+    assert not list(tmp_path.iterdir())

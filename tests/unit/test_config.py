@@ -1,0 +1,91 @@
+"""Configuration: everything composes, Table 4 to the letter, names and hashes of runs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from sam_repro.config import Config, choices, compose_config, config_hash, fields_of, run_id, validate
+from sam_repro.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# GSAM paper, Table 4: rho_max, rho_min, alpha, lr, epochs, warm-up.
+TABLE4 = {
+    "resnet50": (0.04, 0.02, 0.01, 1.6, 90, 5000),
+    "resnet101": (0.04, 0.02, 0.01, 1.6, 90, 5000),
+    "resnet152": (0.04, 0.02, 0.005, 1.6, 90, 5000),
+    "vit_s32": (0.6, 0.0, 0.4, 3e-3, 300, 10000),
+    "vit_s16": (0.6, 0.0, 1.0, 3e-3, 300, 10000),
+    "vit_b32": (0.6, 0.1, 0.6, 3e-3, 300, 10000),
+    "vit_b16": (0.6, 0.2, 0.4, 3e-3, 300, 10000),
+    "mixer_s32": (0.5, 0.0, 0.2, 3e-3, 300, 10000),
+    "mixer_s16": (0.5, 0.0, 0.6, 3e-3, 300, 10000),
+    "mixer_s8": (0.5, 0.1, 0.1, 3e-3, 300, 10000),
+    "mixer_b32": (0.7, 0.2, 0.05, 3e-3, 300, 10000),
+    "mixer_b16": (0.5, 0.2, 0.01, 3e-3, 300, 10000),
+}
+
+
+@pytest.mark.parametrize("model", TABLE4)
+def test_table_4(model):
+    cfg = compose_config([f"model={model}", "optim=gsam"])
+    r, o = cfg.recipe, cfg.optim
+    assert (o.rho_max, o.rho_min, o.alpha, r.lr, r.epochs, r.warmup_steps) == TABLE4[model]
+    assert (r.schedule, r.lr_min_ratio, r.batch_size, r.clip, o.m) == ("linear", 0.01, 4096, 1.0, 64)
+    resnet = model.startswith("resnet")
+    assert (r.base, r.loss) == (("sgd", "softmax") if resnet else ("adamw", "sigmoid"))
+    assert r.weight_decay == (1e-3 if resnet else 0.3)
+    assert cfg.data.train_fraction == 0.99 and cfg.augment.crop == "inception" and cfg.augment.flip
+    validate(cfg)
+
+
+def test_the_literal_weight_decay_of_the_resnets_is_there():
+    assert compose_config(["model=resnet50", "recipe=resnet_table4"]).recipe.weight_decay == 0.3
+
+
+@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("optim", choices("optim"))
+def test_every_model_and_method_composes(model, optim):
+    validate(compose_config([f"model={model}", f"optim={optim}"]))
+
+
+@pytest.mark.parametrize("group", ["recipe", "augment", "data", "experiment", "debug"])
+def test_every_file_composes(group):
+    for name in choices(group):
+        validate(compose_config([f"{group}={name}"]))
+
+
+def test_every_field_is_documented():
+    """A field without a comment beside it is a field nobody can use."""
+    source = (ROOT / "sam_repro/config.py").read_text()
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "Config":
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign):
+                    assert "#" in lines[item.end_lineno - 1], f"{node.name}.{ast.unparse(item.target)}"
+
+
+def test_run_id_is_what_and_not_where():
+    one = compose_config(["model=vit_b32", "optim=gsam"])
+    assert run_id(one) == f"vit_b32-gsam-s0-{config_hash(one)}"
+    same = compose_config(
+        ["model=vit_b32", "optim=gsam", "data.root=/elsewhere", "data.workers=3", "log.wandb=disabled"]
+    )
+    assert run_id(same) == run_id(one)
+    assert run_id(compose_config(["model=vit_b32", "optim=gsam", "seed=1"])) == run_id(one).replace("-s0-", "-s1-")
+    assert config_hash(compose_config(["model=vit_b32", "optim=gsam", "optim.m=32"])) != config_hash(one)
+
+
+def test_typos_name_the_nearest_key():
+    with pytest.raises(UserError, match="did you mean 'recipe.warmup_steps'"):
+        compose_config(["recipe.warmup=3"])
+    with pytest.raises(UserError, match="did you mean 'optim'"):
+        compose_config(["optm=sam"])
+
+
+def test_keys_are_two_levels_deep():
+    assert all(key.count(".") <= 1 for key in fields_of(Config))

@@ -1,0 +1,71 @@
+"""The twelve models: parameter counts, initialisation, and the reference's architecture."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sam_repro.config import choices, compose_config
+from sam_repro.errors import UserError
+from sam_repro.models import build_model
+
+
+def build(name: str, **kwargs):
+    cfg = compose_config([f"model={name}"])
+    with torch.device("meta"):
+        return cfg, build_model(cfg.model, num_classes=1000, image_size=224, loss=cfg.recipe.loss)
+
+
+@pytest.mark.parametrize("name", [n for n in choices("model") if n != "vit_digits"])
+def test_parameter_counts(name):
+    cfg, model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == cfg.model.params
+
+
+def test_vit_is_the_reference_one():
+    cfg = compose_config(["model=vit_s32"])
+    model = build_model(cfg.model, num_classes=1000, image_size=224, loss="sigmoid")
+    assert model.cls_token is None and model.global_pool == "avg"
+    assert isinstance(model.norm, nn.LayerNorm) and isinstance(model.fc_norm, nn.Identity) and model.norm.eps == 1e-6
+    assert model.blocks[0].mlp.act.approximate == "tanh"
+    qkv = model.blocks[0].attn.qkv.weight
+    for part in qkv.chunk(3):  # a Xavier matrix each: std 1/sqrt(D), not that of one fused 3D x D matrix
+        assert part.std().item() == pytest.approx(1 / math.sqrt(384), rel=0.02)
+    assert model.pos_embed.std().item() == pytest.approx(1 / math.sqrt(384), rel=0.03)
+    assert (model.head.weight == 0).all() and (model.head.bias == -10).all()
+    logits = model.eval()(torch.randn(2, 3, 224, 224))
+    assert torch.equal(logits, torch.full((2, 1000), -10.0))
+
+
+def test_mixer_starts_lecun_normal():
+    cfg = compose_config(["model=mixer_s32"])
+    model = build_model(cfg.model, num_classes=10, image_size=224, loss="sigmoid")
+    weight = model.blocks[0].mlp_channels.fc1.weight
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(512), rel=0.02)
+    assert weight.abs().max() < 2.3 / math.sqrt(512)  # truncated at two deviations of the untruncated normal
+    assert model.blocks[0].mlp_channels.act.approximate == "tanh"
+
+
+def test_resnet_is_v1_5_and_starts_as_identity_blocks():
+    cfg = compose_config(["model=resnet50"])
+    model = build_model(cfg.model, num_classes=10, image_size=224, loss="softmax")
+    assert model.layer2[0].conv2.stride == (2, 2) and model.layer2[0].conv1.stride == (1, 1)
+    assert (model.layer1[0].bn3.weight == 0).all() and (model.fc.bias == 0).all()
+
+
+def test_unknown_model_and_arguments():
+    cfg = compose_config(["model=vit_s32"]).model
+    cfg.timm = "vit_smal_patch32_224"
+    with pytest.raises(UserError, match="did you mean 'vit_small_patch32_224'"):
+        build_model(cfg, num_classes=10, image_size=224)
+    cfg.timm, cfg.kwargs = "vit_small_patch32_224", {"depht": 3}
+    with pytest.raises(UserError, match="refused"):
+        build_model(cfg, num_classes=10, image_size=224)
+
+
+def test_steps_of_imagenet():
+    """Q16: 300 and 90 epochs of 1,281,167 images in batches of 4,096."""
+    assert [int(epochs * 1_281_167 / 4096) for epochs in (300, 90)] == [93_835, 28_150]
