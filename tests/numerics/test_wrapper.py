@@ -1,0 +1,576 @@
+"""The drop-in optimizers: golden values, the engine they must equal, and everything that ports get wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from problems import gradient_of, quadratic, vector
+from torch import nn
+from torch.testing import assert_close
+
+from sam_repro.optim.perturb import sam
+from sam_repro.optim.wrapper import GSAM, SAM, EigenSAM, SharpnessAware, mean_over_ranks
+
+H = vector(1, 10)[None]
+
+
+def net(dropout: float = 0.0, norm: bool = False) -> nn.Module:
+    middle = [nn.BatchNorm1d(8)] if norm else []
+    return nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
+
+
+def batch(n: int = 12):
+    return torch.randn(n, 6, dtype=torch.float64), torch.randint(3, (n,))
+
+
+def two_calls(opt, loss):
+    loss().backward()
+    opt.first_step(zero_grad=True)
+    loss().backward()
+    opt.second_step(zero_grad=True)
+
+
+def closure_form(opt, loss):
+    def closure():
+        opt.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return opt.step(closure)
+
+
+def block_form(opt, loss):
+    loss().backward()
+    with opt.robust_pass():
+        loss().backward()
+    opt.step()
+    opt.zero_grad()
+
+
+FORMS = [two_calls, closure_form, block_form]
+
+
+def problem(build, model=None):
+    model = net() if model is None else model
+    x, y = batch()
+    return model, build(model), lambda: F.cross_entropy(model(x), y)
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_q1_golden(form):
+    for opt_class, kwargs, expected in (
+        (SAM, {}, vector(0.9899004963, 0.8900496281)),
+        (GSAM, {"alpha": 0.5}, vector(0.9903043334, 0.8900125336)),
+    ):
+        w = nn.Parameter(vector(1, 1))
+        opt = opt_class([w], torch.optim.SGD, lr=0.01, rho=0.1, **kwargs)
+        form(opt, lambda w=w: quadratic({"w": w}, H))
+        assert_close(w.detach(), expected, rtol=0, atol=5e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", [{"combine": "robust"}, {"combine": "ascent", "alpha": 0.7}])
+def test_equals_the_engine(form, method):
+    w0, hessians = torch.randn(7, dtype=torch.float64), torch.rand(4, 7, dtype=torch.float64)
+    w = nn.Parameter(w0.clone())
+    opt = SharpnessAware([w], torch.optim.SGD, lr=1.0, rho=0.2, **method)
+    form(opt, lambda: quadratic({"w": w}, hessians))
+    expected = w0 - gradient_of(w0, hessians, rho=0.2, perturb="sam", **method)
+    assert_close(w.detach(), expected, rtol=1e-14, atol=1e-15)
+
+
+def test_the_closure_returns_the_clean_loss():
+    w = nn.Parameter(vector(1, 1))
+    assert closure_form(SAM([w], torch.optim.SGD, lr=0.01, rho=0.1), lambda: quadratic({"w": w}, H)).item() == 5.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_q5_rho_zero_is_the_base_optimizer_bitwise(form):
+    model, opt, loss = problem(lambda m: SAM(m.parameters(), torch.optim.AdamW, lr=0.01, rho=0.0))
+    plain = copy.deepcopy(model)
+    x, y = batch()
+    base = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    for _ in range(3):
+        form(opt, lambda: F.cross_entropy(model(x), y))
+        base.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        base.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_q5_alpha_zero_is_sam_bitwise():
+    a, gsam, loss_a = problem(lambda m: GSAM(m.parameters(), torch.optim.SGD, lr=0.1, rho=0.1, alpha=0.0))
+    b = copy.deepcopy(a)
+    b_opt = SAM(b.parameters(), torch.optim.SGD, lr=0.1, rho=0.1)
+    x, y = batch()
+    two_calls(gsam, lambda: F.cross_entropy(a(x), y))
+    two_calls(b_opt, lambda: F.cross_entropy(b(x), y))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_q6_weights_are_restored_bitwise_in_place(dtype):
+    w = nn.Parameter(torch.randn(1000, dtype=dtype))
+    before, where = w.detach().clone(), w.data_ptr()
+    opt = GSAM([w], torch.optim.SGD, lr=0.0, rho=0.5)
+    for _ in range(3):
+        two_calls(opt, lambda: (w.float() ** 4).sum())
+    assert torch.equal(w, before) and w.data_ptr() == where
+
+
+def test_groups_have_their_own_radius():
+    """One norm over both groups; each moves by its own rho."""
+    a, b = nn.Parameter(vector(1.0)), nn.Parameter(vector(1.0))
+    opt = SAM([{"params": [a], "rho": 0.1}, {"params": [b]}], torch.optim.SGD, lr=0.01, rho=0.3)
+    assert [g["rho"] for g in opt.param_groups] == [0.1, 0.3]
+    (3 * a + 4 * b).sum().backward()
+    opt.first_step()
+    assert_close(a.detach(), vector(1 + 0.1 * 3 / 5))
+    assert_close(b.detach(), vector(1 + 0.3 * 4 / 5))
+    opt.restore()
+    opt.restore()
+    assert a.item() == b.item() == 1
+
+
+def test_a_group_added_later():
+    a, b = nn.Parameter(vector(1.0)), nn.Parameter(vector(2.0))
+    opt = SAM([a], torch.optim.SGD, lr=0.1, rho=0.2)
+    opt.add_param_group({"params": [b], "lr": 0.5})
+    assert opt.param_groups is opt.base.param_groups and opt.param_groups[1]["rho"] == 0.2
+    two_calls(opt, lambda: (a + b).sum())
+    assert (a.item(), b.item()) == (pytest.approx(0.9), pytest.approx(1.5))
+
+
+def test_frozen_and_unreached_parameters():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    opt = GSAM([*model.parameters(), unused], torch.optim.AdamW, lr=0.1, rho=0.1, weight_decay=0.5)
+    frozen = model[0].weight.clone()
+    x, y = batch()
+    two_calls(opt, lambda: F.cross_entropy(model(x), y))
+    assert torch.equal(model[0].weight, frozen)
+    assert torch.equal(unused, torch.ones(2)) and unused.grad is None  # no gradient: no decay either, as in torch
+
+
+def test_a_parameter_that_only_one_pass_reaches():
+    a, b = nn.Parameter(vector(1.0)), nn.Parameter(vector(1.0))
+    opt = GSAM([a, b], torch.optim.SGD, lr=0.1, rho=0.1, alpha=0.5)
+    (a + b).sum().backward()
+    opt.first_step()
+    a.sum().backward()
+    opt.combine_grads()
+    # g = (1, 1), g_p = (1, 0): g_perp = (0, 1)
+    assert_close(torch.cat([a.grad, b.grad]), vector(1, -0.5))
+
+
+def test_zero_gradient():
+    w = nn.Parameter(vector(0, 0))
+    opt = GSAM([w], torch.optim.SGD, lr=0.1, rho=0.1)
+    two_calls(opt, lambda: quadratic({"w": w}, H))
+    assert torch.equal(w, vector(0, 0))
+
+
+# ---- state ---------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A perturbation with state: SAM's along a running mean of gradients."""
+
+    def __init__(self):
+        self.mean = None
+
+    def __call__(self, params, grads, rho):
+        old = grads if self.mean is None else self.mean
+        self.mean = [0.5 * m + 0.5 * g for m, g in zip(old, grads, strict=True)]
+        return sam(params, self.mean, rho)
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+
+@pytest.mark.parametrize("perturb", ["sam", Memory])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_q14_state_round_trip_is_bitwise(base, perturb, tmp_path):
+    kwargs = {"lr": 0.01, "rho": 0.1, "alpha": 0.3} | ({"momentum": 0.9} if base is torch.optim.SGD else {})
+    x, y = batch()
+
+    def build(model):
+        return GSAM(model.parameters(), base, perturb=perturb, **kwargs)
+
+    def train(model, opt, scheduler, steps):
+        for _ in range(steps):
+            two_calls(opt, lambda: F.cross_entropy(model(x), y))
+            scheduler.step()
+
+    def decay(opt):
+        return torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.9)
+
+    model = net()
+    opt = build(model)
+    scheduler = decay(opt)
+    train(model, opt, scheduler, 3)
+    torch.save([model.state_dict(), opt.state_dict(), scheduler.state_dict()], tmp_path / "state.pt")
+    train(model, opt, scheduler, 3)
+
+    again = net()
+    opt_again = build(again)
+    scheduler_again = decay(opt_again)
+    opt_again.param_groups[0]["rho"], opt_again.alpha = 9.0, 9.0
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    for thing, state in zip((again, opt_again, scheduler_again), loaded, strict=True):
+        thing.load_state_dict(state)
+    assert len(opt_again.state) == 4 and opt_again.state is opt_again.base.state
+    train(again, opt_again, scheduler_again, 3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert opt_again.param_groups[0]["lr"] == pytest.approx(0.01 * 0.9**6)
+
+
+def test_a_plain_optimizers_state_loads():
+    model = net()
+    x, y = batch()
+    base = torch.optim.AdamW(model.parameters(), lr=0.02)
+    F.cross_entropy(model(x), y).backward()
+    base.step()
+    opt = SAM(model.parameters(), torch.optim.AdamW, lr=0.5, rho=0.3)
+    opt.load_state_dict(base.state_dict())
+    assert (opt.param_groups[0]["lr"], opt.param_groups[0]["rho"], len(opt.state)) == (0.02, 0.3, 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_schedulers_drive_the_base_optimizer(form, recwarn):
+    model, opt, loss = problem(lambda m: SAM(m.parameters(), torch.optim.SGD, lr=1.0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5**t)
+    for _ in range(2):
+        form(opt, loss)
+        scheduler.step()
+    assert opt.base.param_groups[0]["lr"] == 0.25
+    assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
+
+
+# ---- accumulation, clipping, scaling -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [SAM, GSAM])
+def test_accumulation_equals_the_large_batch(build):
+    x, y = batch()
+    whole, parts = net(), net()
+    parts.load_state_dict(whole.state_dict())
+    large, small = (build(m.parameters(), torch.optim.SGD, lr=0.1, rho=0.2) for m in (whole, parts))
+    two_calls(large, lambda: F.cross_entropy(whole(x), y))
+
+    def accumulate():
+        for a, b in zip(x.split(4), y.split(4), strict=True):
+            (F.cross_entropy(parts(a), b) / 3).backward()
+
+    accumulate()
+    with small.robust_pass():
+        accumulate()
+    small.step()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_clipping_the_direction():
+    w = nn.Parameter(vector(1, 1))
+    opt = GSAM([w], torch.optim.SGD, lr=1.0, rho=0.1, alpha=0.5)
+    quadratic({"w": w}, H).backward()
+    opt.first_step()
+    quadratic({"w": w}, H).backward()
+    opt.combine_grads()
+    norm = nn.utils.clip_grad_norm_([w], 1.0)
+    assert float(norm) == pytest.approx(math.hypot(0.9695666636, 10.9987466403))
+    opt.step()
+    assert float((w.detach() - vector(1, 1)).norm()) == pytest.approx(1.0, abs=1e-6)
+
+
+def scaled_step(scaler, opt, loss, poison_clean=1.0, poison_robust=1.0):
+    opt.zero_grad()
+    scaler.scale(loss() * poison_clean).backward()
+    scaler.unscale_(opt.base)
+    with opt.robust_pass():
+        scaler.scale(loss() * poison_robust).backward()
+        scaler.unscale_(opt)
+    scaler.step(opt)
+    scaler.update()
+
+
+def test_gradscaler_changes_nothing_without_overflow():
+    model, opt, loss = problem(lambda m: GSAM(m.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1))
+    x, y = batch()
+    other = copy.deepcopy(model)
+    plain = GSAM(other.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    for _ in range(4):
+        scaled_step(scaler, opt, lambda: F.cross_entropy(model(x), y))
+        two_calls(plain, lambda: F.cross_entropy(other(x), y))
+    assert scaler.get_scale() == 2.0**12
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["poison_clean", "poison_robust"])
+@pytest.mark.parametrize("build", [SAM, GSAM])
+def test_gradscaler_skips_a_step_with_an_overflow_in_either_pass(where, build):
+    model, opt, loss = problem(lambda m: build(m.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled_step(scaler, opt, loss)
+    before = copy.deepcopy(model.state_dict())
+    scaled_step(scaler, opt, loss, **{where: float("inf")})
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert scaler.get_scale() == 2.0**9
+    scaled_step(scaler, opt, loss)  # and training goes on
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+# ---- what a model carries ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_q9_running_statistics_see_the_clean_pass_only(form, momentum):
+    model = net(norm=True)
+    model[1].momentum = momentum
+    expected = copy.deepcopy(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, model=model)
+    for _ in range(2):
+        x, y = batch()
+        expected(x)
+        form(opt, lambda x=x, y=y: F.cross_entropy(model(x), y))
+        for ours, theirs in zip(model.buffers(), expected.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert model[1].momentum == momentum and model[1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_q10_both_passes_draw_the_same_masks(form):
+    """With shared masks and rho = 0 the second gradient is the first; the generator goes on as in one pass."""
+    model = net(dropout=0.5)
+    plain = copy.deepcopy(model)
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, model=model)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    x, y = batch()
+    torch.manual_seed(5)
+    for _ in range(3):
+        form(opt, lambda: F.cross_entropy(model(x), y))
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    for _ in range(3):
+        base.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        base.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert torch.equal(after, torch.rand(1))
+
+
+def late_zero_grad(opt, loss):
+    """Gradients are cleared between forward and backward: as common as the other order."""
+    value = loss()
+    opt.zero_grad()
+    value.backward()
+    opt.first_step()
+    loss().backward()
+    opt.second_step()
+
+
+@pytest.mark.parametrize(("form", "with_model"), [(late_zero_grad, True), (closure_form, False)])
+def test_q10_masks_where_gradients_are_cleared_late_and_in_closures_without_a_model(form, with_model):
+    model = net(dropout=0.5)
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, model=model if with_model else None)
+    x, y = batch()
+    losses = []
+    for _ in range(2):
+        form(opt, lambda: losses.append(F.cross_entropy(model(x), y)) or losses[-1])
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+
+
+def test_q10_masks_of_accumulated_passes_are_replayed_in_order_and_evaluation_does_not_count():
+    model = net(dropout=0.5)
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, model=model)
+    x, y = batch()
+
+    def accumulate():
+        losses = []
+        for a, b in zip(x.split(4), y.split(4), strict=True):
+            losses.append(F.cross_entropy(model(a), b))
+            losses[-1].backward()
+            torch.rand(3)  # as a loader would
+        with torch.no_grad():
+            model.eval()(x)
+            model.train()
+        return torch.stack(losses)
+
+    clean = accumulate()
+    with opt.robust_pass():
+        assert torch.equal(accumulate(), clean)
+    opt.step()
+
+
+def test_an_exception_in_the_robust_pass_leaves_everything_as_it_was():
+    model = net(norm=True)
+    opt = GSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, model=model)
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"), opt.robust_pass():
+        model(x)
+        raise RuntimeError("out of memory")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    two_calls(opt, lambda: F.cross_entropy(model(x), y))  # and the next step works
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step(closure)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+# ---- Eigen-SAM's vector --------------------------------------------------------------------------------------------
+
+
+class Eigen:
+    """A stand-in with the attribute that update_eigenvector sets."""
+
+    v = None
+    __call__ = staticmethod(sam)
+
+
+def test_update_eigenvector():
+    w = nn.Parameter(vector(1, 1))
+    opt = EigenSAM([w], torch.optim.SGD, lr=0.1, perturb=Eigen())
+    for _ in range(4):
+        opt.update_eigenvector(lambda: quadratic({"w": w}, H), steps=5)
+    assert_close(opt.perturb.v[0].abs(), vector(0, 1), rtol=0, atol=1e-12)
+    assert w.grad is None
+    with pytest.raises(ValueError, match="at least 1 step"):
+        opt.update_eigenvector(lambda: quadratic({"w": w}, H), steps=0)
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+SHARDS = [vector(1, 1)[None], vector(4, 0.25)[None]]  # Q3: the order of operations shows
+
+
+class Quadratic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(vector(1, 1))
+
+    def forward(self, hessians):
+        return quadratic({"w": self.w}, hessians)
+
+
+def rank_main(rank: int, port: int, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results = {}
+
+    def run(name, method, *, clean_local, robust_local, average=None):
+        model = nn.parallel.DistributedDataParallel(Quadratic())
+        opt = SharpnessAware(model.parameters(), torch.optim.SGD, lr=1.0, rho=0.1, average=average, **method)
+        for local, step in ((clean_local, opt.first_step), (robust_local, opt.second_step)):
+            if local:
+                with model.no_sync():  # the forward pass too: DDP decides there
+                    model(SHARDS[rank]).backward()
+            else:
+                model(SHARDS[rank]).backward()
+            if step == opt.first_step and clean_local:
+                results["local gradient"] = model.module.w.grad.tolist()
+            step()
+        results[name] = (vector(1, 1) - model.module.w.detach()).tolist()
+
+    gsam = {"combine": "ascent", "alpha": 0.5}
+    run("sam synced", {}, clean_local=False, robust_local=False)
+    run("sam per rank", {}, clean_local=True, robust_local=False)
+    run("gsam synced", gsam, clean_local=False, robust_local=False)
+    run("gsam per rank", gsam, clean_local=True, robust_local=True, average=mean_over_ranks)
+    queue.put((rank, results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_q3_q15_ddp_with_and_without_perturbation_per_rank():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = mp.spawn(rank_main, (port, queue), nprocs=2, join=False)
+    results = dict(queue.get() for _ in range(2))
+    while not processes.join():
+        pass
+    expected = {
+        "sam synced": (2.7425356250, 0.6401584766),
+        "sam per rank": (2.7349658548, 0.6611350676),
+        "gsam synced": (2.7471236915, 0.6205025067),
+        "gsam per rank": (2.7352689199, 0.6558351252),
+    }
+    for rank in range(2):
+        assert results[rank].pop("local gradient") == SHARDS[rank][0].tolist()  # Q15
+        for name, values in expected.items():
+            assert results[rank][name] == pytest.approx(values, abs=1e-9), name
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"rho": -0.1}, "rho=-0.1 must be"),
+        ({"rho": math.nan}, "rho=nan must be"),
+        ({"alpha": math.inf}, "alpha=inf must be"),
+        ({"perturb": "sideways"}, "unknown perturbation 'sideways'"),
+        ({"combine": "sideways"}, "unknown combination 'sideways'"),
+    ],
+)
+def test_bad_arguments(kwargs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SharpnessAware([nn.Parameter(vector(1.0))], torch.optim.SGD, lr=0.1, **kwargs)
+
+
+def test_calls_out_of_order():
+    w = nn.Parameter(vector(1, 1))
+    opt = SAM([w], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="call backward"):
+        opt.first_step()
+    with pytest.raises(ValueError, match="no robust gradient"):
+        opt.second_step()
+    with pytest.raises(ValueError, match="follows first_step"):
+        opt.step()
+    quadratic({"w": w}, H).backward()
+    with pytest.raises(ValueError, match="runs the clean pass itself"):  # davda54's closure form, or accumulation
+        opt.step(lambda: quadratic({"w": w}, H))
+    opt.first_step()
+    with pytest.raises(ValueError, match="perturbed already"):
+        opt.first_step()
+    opt.restore()
+    assert torch.equal(w, vector(1, 1))
+    with pytest.raises(ValueError, match="sparse"):
+        embedding = nn.Embedding(4, 2, sparse=True)
+        sparse = SAM(embedding.parameters(), torch.optim.SGD, lr=0.1)
+        embedding(torch.tensor([1])).sum().backward()
+        sparse.first_step()
