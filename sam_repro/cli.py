@@ -21,6 +21,7 @@ COMMANDS = {
     "table": ("sam_repro.paper.tables", "ours beside the paper's numbers, with intervals and verdicts"),
     "figures": ("sam_repro.paper.figures", "draw a table's curves"),
     "estimate": ("sam_repro.paper.estimate", "what a table costs, from measured speeds"),
+    "report": ("sam_repro.paper.report", "everything as one page, results/index.html"),
 }
 
 

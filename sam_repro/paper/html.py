@@ -1,7 +1,8 @@
-"""HTML pieces that the table command and the report share: no script, no network."""
+"""HTML pieces that the table command and the report share: one style, no network."""
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -10,43 +11,85 @@ if TYPE_CHECKING:
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --paper: #ffffff; --tint: #f5f7f9; --accent: #0072b2;
-  --good: #00704f; --bad: #b34700; color-scheme: light dark; }
+  --good: #00704f; --bad: #b34700; --two: #b87700; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa4ae; --line: #363c43; --paper: #16191d;
-  --tint: #1e2227; --accent: #56b4e9; --good: #2fc79a; --bad: #f0914d; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1rem;
-  max-width: 76rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+  --tint: #1e2227; --accent: #56b4e9; --good: #2fc79a; --bad: #f0914d; --two: #e69f00; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  padding: 1.5rem 1rem 4rem; max-width: 80rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 0; display: inline; } p { max-width: 46rem; margin: .4rem 0; }
 a { color: var(--accent); } .soft, figcaption, li { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
+.tile { background: var(--tint); border-radius: .5rem; padding: .7rem 1rem; font-size: .9rem; }
+.tile b { display: block; font-size: 1.5rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; font-size: .875rem; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
   font-variant-numeric: tabular-nums; }
-th { background: var(--tint); position: sticky; top: 0; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+th { background: var(--tint); color: var(--soft); font-weight: 600; }
+th.sortable { cursor: pointer; } th.sortable:hover { color: var(--ink); }
+th:first-child, td:first-child, th.left, td.left { text-align: left; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal;
+  min-width: 7rem; }
+th:first-child { background: var(--tint); } .tag { font-size: .75rem; text-decoration: none; margin-left: .3rem; }
+details { border-top: 1px solid var(--line); padding: .6rem 0; } summary { cursor: pointer; }
+summary .soft { margin-left: .6rem; }
+input[type=search] { font: inherit; padding: .45rem .7rem; width: min(24rem, 100%); color: inherit;
+  background: var(--paper); border: 1px solid var(--line); border-radius: .4rem; }
 .within { color: var(--good); font-weight: 600; } .below, .diverged { color: var(--bad); font-weight: 600; }
-.above { color: var(--accent); font-weight: 600; } .pending, .dash { color: var(--soft); }
+.above { color: var(--accent); font-weight: 600; } .pending, .dash, .unread { color: var(--soft); }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: .5rem 0; width: 260px; max-width: 100%; }
+svg { display: block; width: 100%; } svg text { font: 10px system-ui, sans-serif; fill: var(--soft); }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
+polyline.second { stroke: var(--two); } .axis { fill: none; stroke: var(--line); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--tint); padding: .6rem .8rem;
+  border-radius: .4rem; font-size: .8rem; }
 """
+CLASSES = {w: w for w in ("within", "above", "below", "pending", "diverged")}
+CLASSES |= {"–": "dash", "not in our sources": "unread"}
 
 
-def page(title: str, body: str) -> str:
+def page(title: str, body: str, script: str = "") -> str:
     """A self-contained page."""
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    return f"{head}<style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n"
+    tail = f"<script>{script}</script>\n" if script else ""
+    return f"{head}<style>{STYLE}</style></head>\n<body>\n{body}{tail}</body></html>\n"
 
 
 def table_html(s: Sheet) -> str:
     """A table with its heading, footnotes and provenance."""
-    head = "".join(f"<th>{escape(h)}</th>" for h in s.header)
-    rows = "\n".join("<tr>" + "".join(map(cell_html, line)) + "</tr>" for line in s.lines)
-    notes = "".join(f"<li>{escape(n)}</li>" for n in (*s.orders, *s.footnotes, *s.provenance))
+    return f'<h2>{escape(s.title)}</h2>\n<p class="soft">{escape(s.source)}</p>\n{grid(s)}{notes(s)}'
+
+
+def grid(s: Sheet, links: list[str] | None = None) -> str:
+    """The table itself; `links` are the addresses that the rows' methods lead to, empty for none."""
+    head = "".join(f"<th{' class=left' if i < 2 else ''}>{escape(h)}</th>" for i, h in enumerate(s.header))
+    lines = []
+    for i, line in enumerate(s.lines):
+        cells = [cell(text, left=k < 2) for k, text in enumerate(line)]
+        if links is not None:
+            cells[1] = f'<td class="left">{linked(line[1], links[i])}</td>'
+        lines.append(f"<tr>{''.join(cells)}</tr>\n")
     return (
-        f'<h2>{escape(s.title)}</h2>\n<p class="soft">{escape(s.source)}</p>\n'
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>\n'
-        f"<ul>{notes}</ul>\n"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody></table></div>\n'
     )
 
 
-def cell_html(text: str) -> str:
+def linked(method: str, link: str) -> str:
+    """A method that leads to its run, followed by small links to the deviations it is marked with."""
+    name, *tags = re.split(r" \[(D-\d+)\]", method)
+    head = f'<a href="{escape(link)}">{escape(name)}</a>' if link else escape(name)
+    return head + "".join(f'<a class="tag" href="#{tag}">{tag}</a>' for tag in tags if tag)
+
+
+def notes(s: Sheet) -> str:
+    """Order of methods, footnotes and provenance."""
+    return "<ul>" + "".join(f"<li>{escape(n)}</li>\n" for n in (*s.orders, *s.footnotes, *s.provenance)) + "</ul>\n"
+
+
+def cell(text: str, *, left: bool = False) -> str:
     """A table cell; verdicts carry a class for their colour."""
-    word = "dash" if text == "–" else text if text in ("within", "above", "below", "pending", "diverged") else ""
-    return f'<td class="{word}">{escape(text)}</td>' if word else f"<td>{escape(text)}</td>"
+    name = "left" if left else CLASSES.get(text, "")
+    return f'<td class="{name}">{escape(text)}</td>' if name else f"<td>{escape(text)}</td>"

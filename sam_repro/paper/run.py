@@ -26,6 +26,7 @@ from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.paper.plan import finished
 from sam_repro.paper.spec import Run, load_table, unique_runs
+from sam_repro.signals import Interrupted
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DIVERGED = 3  # train.py's exit code
@@ -99,10 +100,12 @@ class Queue:
 
     def drain(self) -> int:
         """The loop; returns the exit code."""
-        from sam_repro.train import Interrupted, main  # torch comes with it: not before there is something to run
+        from sam_repro.train import main  # torch comes with it: not before there is something to run
 
-        diverged, first = 0, len(self.runs) - len(self.queue)
+        diverged = 0
         for i, r in enumerate(self.queue, 1):
+            if self.spent:  # also where the signal came too late for a run that was just ending
+                self.stopped_by = signal.SIGUSR2
             if self.stopped_by is None:
                 say(f"({i}/{len(self.queue)}) {r.run_id}{self.eta(i - 1)}")
                 try:
@@ -110,12 +113,15 @@ class Queue:
                 except Interrupted as stop:
                     self.stopped_by = int(stop.code or 0) - 128  # pyright: ignore[reportArgumentType]: an int
             if self.stopped_by is not None:
-                done = sum(finished(q, self.ledger_dir) for q in self.runs)
                 why = "the budget is spent" if self.spent else f"stopped by {signal.Signals(self.stopped_by).name}"
-                say(f"{why}: {done} of {len(self.runs)} runs are in the ledger; the same command goes on from there")
+                say(f"{why}: {self.tally()}; the same command goes on from there")
                 return 0 if self.spent else 128 + self.stopped_by
-        say(f"all {first + len(self.queue)} runs are in the ledger" if self.queue else "nothing to run")
+        say(self.tally())
         return DIVERGED if diverged else 0
+
+    def tally(self) -> str:
+        """How far the queue has come."""
+        return f"{sum(finished(r, self.ledger_dir) for r in self.runs)} of {len(self.runs)} runs are in the ledger"
 
     def train(self, main: Any, r: Run) -> Row:
         """One run, as `python train.py <overrides>` would do it."""

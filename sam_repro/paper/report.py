@@ -1,0 +1,274 @@
+"""One self-contained page of everything: what is reproduced, every table, every run's curves, costs, deviations.
+
+  sam-repro report                                     # results/index.html, from the rows in results/runs
+  sam-repro report demo --output runs/demo/index.html
+
+The page needs no network and no library, reads on a phone, and is the same bytes for the same ledger.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+
+from sam_repro.errors import UserError
+from sam_repro.ledger import Row
+from sam_repro.paper.chart import line_chart
+from sam_repro.paper.deviations import deviations_path
+from sam_repro.paper.estimate import row_costs
+from sam_repro.paper.html import cell, grid, notes, page
+from sam_repro.paper.outcome import Outcome, curve, outcomes
+from sam_repro.paper.spec import Table, load_table, table_names
+from sam_repro.paper.tables import sheet_of
+
+RESULTS = "results/runs"  # the ledger that is committed; the demo has its own
+SCRIPT = """
+document.querySelectorAll('table').forEach(table => table.querySelectorAll('th').forEach((th, column) => {
+  th.classList.add('sortable'); th.title = 'sort';
+  th.onclick = () => {
+    const body = table.tBodies[0], up = th.dataset.up = th.dataset.up === '1' ? '' : '1';
+    const value = row => { const t = row.cells[column].textContent, n = parseFloat(t); return isNaN(n) ? t : n; };
+    const order = (a, b) => { const x = value(a), y = value(b);
+      return typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === 'number' ? -1 : 1; };
+    [...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)).forEach(row => body.append(row));
+  };
+}));
+const filter = document.getElementById('filter');
+filter.oninput = () => {
+  const words = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  document.querySelectorAll('.filterable').forEach(item => {
+    const text = (item.dataset.words || item.textContent).toLowerCase();
+    item.hidden = !words.every(w => text.includes(w));
+  });
+  document.querySelectorAll('.filterable tbody tr').forEach(row => {
+    const text = (row.closest('.filterable').dataset.title + ' ' + row.textContent).toLowerCase();
+    row.hidden = !words.every(w => text.includes(w));
+  });
+};
+addEventListener('hashchange', reveal); reveal();
+function reveal() {
+  const at = document.getElementById(location.hash.slice(1));
+  if (at && at.tagName === 'DETAILS') at.open = true;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table with what came out of it, or why it cannot be planned."""
+
+    table: Table
+    found: list[Outcome]
+    problem: str = ""
+
+    @property
+    def runs(self) -> set[str]:
+        """Run ids wanted."""
+        return {r.run_id for o in self.found for r in o.runs}
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Ledger rows by run id."""
+        return {row["run_id"]: row for o in self.found for row in o.ledger}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "tables", nargs="*", metavar="table", help="names in results/paper/ (default: all but the demo)"
+    )
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the tables' own)")
+    parser.add_argument("--output", type=Path, default=Path("results/index.html"), metavar="FILE")
+
+
+def run(args: Namespace) -> None:
+    """Write the page."""
+    text = report(args.tables, args.ledger)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error}") from error
+    print(args.output)
+
+
+def report(names: list[str], ledger_dir: Path | None = None) -> str:
+    """The page as text.
+
+    Args:
+        names: tables; empty for all whose runs go to the committed ledger.
+        ledger_dir: folder of ledger rows; None takes the tables' own.
+    """
+    return assemble(parts_of(names, ledger_dir))
+
+
+def parts_of(names: list[str], ledger_dir: Path | None = None) -> list[Part]:
+    """The tables joined with the ledger; one that does not compose is reported as such instead of ending it all."""
+    parts = []
+    for name in names or sorted((n for n in table_names() if n != "demo"), key=place):
+        table = load_table(name)
+        try:
+            parts.append(Part(table, outcomes(table, ledger_dir)))
+        except UserError as error:
+            if names:
+                raise
+            print(f"{name}: {error}", file=sys.stderr)
+            printed = replace(table, rows=tuple(replace(row, overrides=None) for row in table.rows))
+            parts.append(Part(table, outcomes(printed, ledger_dir), str(error)))
+    return parts
+
+
+def place(name: str) -> tuple[int, str]:
+    """Tables before figures, GSAM before Eigen-SAM, searches last."""
+    kinds = ("table", "fig", "eigen", "study", "search")
+    return next((i for i, kind in enumerate(kinds) if name.startswith(kind)), len(kinds)), name
+
+
+def assemble(parts: list[Part]) -> str:
+    """The whole page."""
+    rows = {k: row for part in parts for k, row in part.rows.items()}
+    body = [
+        "<header><h1>Sharpness-aware training, reproduced</h1>",
+        "<p>Every table and figure of GSAM (ICLR 2022) and Eigen-SAM (NeurIPS 2024) beside our own runs. A number "
+        "of ours is a mean over seeds with its 95 % interval; “within” means that the interval holds the printed "
+        "number.</p></header>",
+        tiles(parts, rows),
+        '<nav><a href="#tables">Tables</a><a href="#runs">Runs</a><a href="#costs">Costs</a>'
+        '<a href="#deviations">Deviations</a></nav>',
+        '<input id="filter" type="search" placeholder="Filter: vit_b32 gsam, table 1, D-04 …" aria-label="Filter">',
+        '<h2 id="overview">Overview</h2>',
+        overview(parts),
+        '<h2 id="tables">Tables and figures</h2>',
+        *map(table_part, parts),
+        '<h2 id="runs">Runs</h2>',
+        "".join(map(run_part, sorted(rows.values(), key=lambda r: r["run_id"]))) or '<p class="soft">No run yet.</p>',
+        '<h2 id="costs">Costs</h2>',
+        costs(parts),
+        '<h2 id="deviations">Deviations</h2>',
+        deviations(),
+    ]
+    return page("Sharpness-aware training, reproduced", "\n".join(body), SCRIPT)
+
+
+def tiles(parts: list[Part], rows: dict[str, Row]) -> str:
+    """The few numbers that say where the project stands."""
+    verdicts = Counter(c.verdict for part in parts for o in part.found for c in o.cells)
+    wanted = len(set().union(*(part.runs for part in parts)))
+    judged = verdicts["within"] + verdicts["above"] + verdicts["below"]
+    numbers = [
+        (f"{len(rows)} / {wanted}", "runs in the ledger"),
+        (f"{judged}", "numbers compared"),
+        (f"{verdicts['within']}", "within the paper's"),
+        (f"{verdicts['below']}", "below"),
+        (f"{verdicts['above']}", "above"),
+        (f"{verdicts['not in our sources']}", "not in our sources"),
+        (f"{sum(r.get('hours', 0) for r in rows.values()):.3g} h", "processor hours"),
+    ]
+    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{n}</b>{t}</div>' for n, t in numbers) + "</div>"
+
+
+def overview(parts: list[Part]) -> str:
+    """One line a table."""
+    head = ("table", "rows", "runs", "of", "within", "above", "below", "diverged", "one seed", "pending")
+    lines = []
+    for part in parts:
+        words = Counter(c.verdict for o in part.found for c in o.cells)
+        counts = [len(part.table.rows), len(part.rows), len(part.runs)]
+        counts += [words[w] for w in head[4:]]
+        name = f'<td class="left"><a href="#{part.table.name}">{escape(part.table.title)}</a></td>'
+        lines.append(f"<tr>{name}{''.join(cell(str(c or '–')) for c in counts)}</tr>")
+    titles = "".join(f"<th>{h}</th>" for h in head)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def table_part(part: Part) -> str:
+    """A table that folds; open where it has results."""
+    t = part.table
+    state = f"cannot be planned yet: {part.problem}" if part.problem else f"{len(part.rows)} of {len(part.runs)} runs"
+    head = f'<summary><h3>{escape(t.title)}</h3> <span class="soft">{escape(state)}</span></summary>'
+    words = escape(
+        " ".join([t.name, t.title, *(f"{r.id} {r.model} {r.method} {' '.join(r.warnings)}" for r in t.rows)])
+    )
+    opened = " open" if part.rows or t.name == "table1" else ""
+    inner = f'<p class="soft">{escape(t.source)}</p>'
+    if part.found:
+        s = sheet_of(t, part.found)
+        links = [f"#{o.ledger[0]['run_id']}" if o.ledger else "" for o in part.found]
+        inner += grid(s, links) + notes(s)
+    return (
+        f'<details id="{t.name}" class="filterable" data-words="{words}" data-title="{escape(t.name + " " + t.title)}"'
+        f"{opened}>{head}{inner}</details>"
+    )
+
+
+def run_part(row: Row) -> str:
+    """A run that folds: result, curves, provenance and the command that repeats it."""
+    scores = ", ".join(f"{k} {100 * v['correct'] / v['total']:.2f} %" for k, v in row["evals"].items())
+    state = escape(f"{row['status']} {scores}")
+    head = f'<summary><h3>{row["run_id"]}</h3> <span class="soft">{state}</span></summary>'
+    steps = curve(row, "step")
+    points = {
+        name: [(s, v) for s, v in zip(steps, curve(row, name), strict=False) if s is not None and v is not None]
+        for name in ("loss", "loss_robust", "surrogate_gap", "cosine", "lr", "rho")
+    }
+    evals = row.get("curves", {}).get("eval", [])
+    accuracy = {
+        name: [(e["step"], 100 * e["correct"] / e["total"]) for e in evals if e["eval"] == name]
+        for name in dict.fromkeys(e["eval"] for e in evals)
+    }
+    charts = [line_chart(f"accuracy on {name}, %", [("first", line)]) for name, line in accuracy.items()]
+    charts.append(
+        line_chart("loss, clean and perturbed", [("first", points["loss"]), ("second", points["loss_robust"])])
+    )
+    if any(rho for _, rho in points["rho"]):
+        charts += [line_chart("surrogate gap h", [("first", points["surrogate_gap"])])]
+        charts += [line_chart("cos θ", [("first", points["cosine"])])]
+    charts.append(line_chart("learning rate", [("first", points["lr"])]))
+    facts = f"{row.get('world', 1)} x {row['hardware']}, {row.get('dtype', '')}, m = {row.get('m', '–')}, "
+    facts += f"{row.get('hours', 0):.3g} processor hours, {row.get('finished', '')}, commit {row['commit'][:12]}"
+    facts += " with local changes" if row["dirty"] else ""
+    command = "python train.py " + shlex.join(row.get("overrides", []))
+    return (
+        f'<details id="{row["run_id"]}" class="filterable">{head}<div class="charts">{"".join(charts)}</div>'
+        f'<p class="soft">{escape(facts)}</p><pre>{escape(command)}</pre></details>\n'
+    )
+
+
+def costs(parts: list[Part]) -> str:
+    """EFLOP planned and hours spent a table; `sam-repro estimate` adds hours and money for given hardware."""
+    lines = []
+    for part in parts:
+        known = row_costs(part.table, part.found, []).values()
+        eflop = sum(c.eflop or 0 for c in known)
+        spent = sum(row.get("hours", 0.0) for row in part.rows.values())
+        cells = [
+            f"{sum(c.images for c in known):.3g}",
+            f"{eflop:.3g}" if eflop else "–",
+            f"{spent:.3g}" if spent else "–",
+        ]
+        lines.append(
+            f'<tr><td class="left">{escape(part.table.title)}</td>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
+        )
+    head = "<th>table</th><th>images</th><th>EFLOP</th><th>processor hours so far</th>"
+    said = '<p class="soft">All seeds; runs that tables share count in each. Hours and money: sam-repro estimate.</p>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{said}'
+    )
+
+
+def deviations() -> str:
+    """docs/DEVIATIONS.md, folded an entry."""
+    path = deviations_path()
+    text = path.read_text() if path.is_file() else ""
+    entries = re.findall(r"^## (D-\d+) (.+)\n((?:(?!^#).*\n?)*)", text, flags=re.MULTILINE)
+    return "\n".join(
+        f'<details id="{key}" class="filterable"><summary><h3>{key}</h3> {escape(title)}</summary>'
+        f"<p>{escape(' '.join(body.split()))}</p></details>"
+        for key, title, body in entries
+    )

@@ -1,0 +1,92 @@
+"""The report in a real browser: it renders, sorts, filters, fits a phone, and asks the network for nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sam_repro.paper.report import report
+from sam_repro.paper.spec import load_table, runs_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from paper_rows import write_rows  # noqa: E402
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page of the demo and Table 6, the first from stored test rows."""
+    folder = tmp_path_factory.mktemp("report")
+    table = load_table("demo")
+    for row, counts in zip(table.rows, ([330, 333, 331], [338, 340, 337], [345, 343, 347]), strict=True):
+        write_rows(folder / "ledger", runs_of(table, row), counts)
+    (folder / "index.html").write_text(report(["demo", "table6"], folder / "ledger"))
+    return folder
+
+
+def browse(folder: Path, script: str = "", *, width: int = 1280) -> str:
+    """What `script` puts into document.title, run in the page in an iframe as wide as the screen in question."""
+    text = (folder / "index.html").read_text().replace("</body>", f"<script>{script}</script></body>")
+    (folder / "page.html").write_text(text)
+    frame = f'<iframe id=f src=page.html style="width:{width}px;height:900px;border:0"></iframe>'
+    copy = "<script>f.onload = () => document.title = f.contentDocument.title</script>"
+    (folder / "frame.html").write_text(frame + copy)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", f"file://{folder}/frame.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1]
+
+
+def test_the_page_is_self_contained_and_reproducible(folder: Path) -> None:
+    text = (folder / "index.html").read_text()
+    assert not re.findall(r"https?://", text) and "src=" not in text and "@import" not in text
+    assert text == report(["demo", "table6"], folder / "ledger")
+    assert "93.98 ± 1.05 (3)" in text and "76.8" in text and "pending" in text
+
+
+@needs_browser
+def test_it_fits_a_phone_and_a_desk(folder: Path) -> None:
+    script = "document.title = document.documentElement.scrollWidth + '/' + innerWidth"
+    for width in (360, 390, 1280):
+        inner, outer = map(int, browse(folder, script, width=width).split("/"))
+        assert outer == width and inner <= width
+
+
+@needs_browser
+def test_a_click_on_a_heading_sorts(folder: Path) -> None:
+    script = """
+      const table = document.querySelector('#demo table'), th = table.querySelectorAll('th')[2];
+      const read = () => [...table.tBodies[0].rows].map(r => parseFloat(r.cells[2].textContent)).join(' ');
+      th.click(); const up = read(); th.click(); document.title = up + '|' + read();"""
+    up, down = browse(folder, script).split("|")
+    assert up == "92.04 93.98 95.83" and down == "95.83 93.98 92.04"
+
+
+@needs_browser
+def test_the_filter_keeps_the_rows_that_hold_all_words(folder: Path) -> None:
+    script = """
+      const box = document.getElementById('filter'); box.value = 'digits gsam'; box.oninput();
+      const seen = [...document.querySelectorAll('#demo tbody tr')].filter(r => !r.hidden).length;
+      const runs = [...document.querySelectorAll('details.filterable')].filter(d => !d.hidden && /-s\\d-/.test(d.id));
+      document.title = seen + ' ' + document.getElementById('table6').hidden + ' ' + runs.length;"""
+    assert browse(folder, script) == "1 true 3"
+
+
+@needs_browser
+def test_curves_are_drawn_inside_their_frames_and_links_lead_to_runs(folder: Path) -> None:
+    script = """
+      document.querySelectorAll('details').forEach(d => d.open = true);
+      let bad = 0; document.querySelectorAll('polyline').forEach(p => { const b = p.getBBox();
+        if (!(b.x >= 0 && b.y >= 0 && b.x + b.width <= 260 && b.y + b.height <= 120)) bad++; });
+      const dead = [...document.querySelectorAll('a[href^="#"]')].filter(a => !document.querySelector(
+        `[id="${a.getAttribute('href').slice(1)}"]`)).length;
+      document.title = document.querySelectorAll('polyline').length + ' ' + bad + ' ' + dead;"""
+    drawn, outside, dead = map(int, browse(folder, script).split())
+    assert drawn >= 9 * 4 and outside == 0 and dead == 0
