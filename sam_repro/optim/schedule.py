@@ -26,9 +26,7 @@ def lr_at(
     return lr * min(1.0, step / warmup) if warmup else lr
 
 
-def rho_at(
-    lr: float, *, lr_max: float, lr_min: float, rho_max: float, rho_min: float, faithful: bool = False
-) -> float:
+def rho_at(lr: float, *, lr_max: float, lr_min: float, rho_max: float, rho_min: float, faithful: bool = False) -> float:
     """The radius tied to the learning rate: rho_min + (rho_max - rho_min)(lr - lr_min)/(lr_max - lr_min).
 
     GSAM paper, Algorithm 1, step 0. In the warm-up lr starts below lr_min, where the formula falls under rho_min
