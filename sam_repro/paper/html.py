@@ -32,7 +32,8 @@ th.sortable { cursor: pointer; } th.sortable:hover { color: var(--ink); }
 th:first-child, td:first-child, th.left, td.left { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal;
   min-width: 7rem; }
-th:first-child { background: var(--tint); } .tag { font-size: .75rem; text-decoration: none; margin-left: .3rem; }
+.wide td:first-child { min-width: min(24rem, 50vw); } th:first-child { background: var(--tint); }
+.tag { font-size: .75rem; text-decoration: none; margin-left: .3rem; }
 details { border-top: 1px solid var(--line); padding: .6rem 0; } summary { cursor: pointer; }
 summary .soft { margin-left: .6rem; }
 input[type=search] { font: inherit; padding: .45rem .7rem; width: min(24rem, 100%); color: inherit;

@@ -184,7 +184,9 @@ def overview(parts: list[Part]) -> str:
         name = f'<td class="left"><a href="#{part.table.name}">{escape(part.table.title)}</a></td>'
         lines.append(f"<tr>{name}{''.join(cell(str(c or '–')) for c in counts)}</tr>")
     titles = "".join(f"<th>{h}</th>" for h in head)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll wide"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def table_part(part: Part) -> str:
@@ -210,7 +212,7 @@ def table_part(part: Part) -> str:
 def run_part(row: Row) -> str:
     """A run that folds: result, curves, provenance and the command that repeats it."""
     scores = ", ".join(f"{k} {100 * v['correct'] / v['total']:.2f} %" for k, v in row["evals"].items())
-    state = escape(f"{row['status']} {scores}")
+    state = escape(f"{row['status']}: {scores}" if scores else row["status"])
     head = f'<summary><h3>{row["run_id"]}</h3> <span class="soft">{state}</span></summary>'
     steps = curve(row, "step")
     points = {
@@ -229,7 +231,7 @@ def run_part(row: Row) -> str:
     if any(rho for _, rho in points["rho"]):
         charts += [line_chart("surrogate gap h", [("first", points["surrogate_gap"])])]
         charts += [line_chart("cos θ", [("first", points["cosine"])])]
-    charts.append(line_chart("learning rate", [("first", points["lr"])]))
+    charts.append(line_chart("learning rate", [("first", points["lr"])], digits=2))
     facts = f"{row.get('world', 1)} x {row['hardware']}, {row.get('dtype', '')}, m = {row.get('m', '–')}, "
     facts += f"{row.get('hours', 0):.3g} processor hours, {row.get('finished', '')}, commit {row['commit'][:12]}"
     facts += " with local changes" if row["dirty"] else ""

@@ -14,7 +14,7 @@ from sam_repro.paper.report import report
 from sam_repro.paper.spec import load_table, runs_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from paper_rows import write_rows  # noqa: E402
+from paper_rows import write_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (apt-get install chromium)")

@@ -16,12 +16,9 @@ from sam_repro.cli import main
 from sam_repro.config import Config, run_id
 from sam_repro.paper.run import duration
 from sam_repro.paper.spec import Run
+from sam_repro.signals import Interrupted
 
 Trained = list[str]
-
-
-class Interrupted(SystemExit):
-    pass
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
         return row
 
     module = types.ModuleType("sam_repro.train")
-    module.main, module.Interrupted = train, Interrupted
+    module.main = train
     monkeypatch.setitem(sys.modules, "sam_repro.train", module)
     monkeypatch.setattr(sys, "argv", ["sam-repro"])
     return names
@@ -89,3 +86,10 @@ def test_durations() -> None:
     assert [duration(t) for t in ("90s", "9m", "2h", "45", "1.5d")] == [90, 540, 7200, 45, 129600]
     with pytest.raises(Exception, match="not a duration"):
         duration("soon")
+
+
+def test_a_spent_budget_ends_the_queue_after_the_run_it_met(trained: Trained, tmp_path: Path, capsys) -> None:
+    """The stand-in ignores signals, as a run in its last evaluation does."""
+    assert main(["run", "demo", "--ledger", str(tmp_path), "--budget", "0.01s"]) == 0
+    assert len(trained) < 9
+    assert "the budget is spent" in capsys.readouterr().err
