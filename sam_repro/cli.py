@@ -21,7 +21,9 @@ COMMANDS = {
     "table": ("sam_repro.paper.tables", "ours beside the paper's numbers, with intervals and verdicts"),
     "figures": ("sam_repro.paper.figures", "draw a table's curves"),
     "estimate": ("sam_repro.paper.estimate", "what a table costs, from measured speeds"),
+    "status": ("sam_repro.paper.status", "runs done, at work and missing, table by table"),
     "report": ("sam_repro.paper.report", "everything as one page, results/index.html"),
+    "check": ("sam_repro.paper.check", "derive every published number again, and compare"),
 }
 
 

@@ -28,6 +28,7 @@ def fake_row(run: Run, correct: int, *, total: int = 360, status: str = "done", 
         "step_seconds": [0.05] * len(steps),
     }
     share = [1 - 0.6 * math.exp(-s / 60) for s in steps[1::2]]
+    share[-1] = 1.0
     evals = [
         {"step": s, "eval": "val", "correct": round(correct * c), "total": total}
         for s, c in zip(steps[1::2], share, strict=True)

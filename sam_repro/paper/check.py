@@ -1,0 +1,130 @@
+"""Check that every published number is the ledger's: derive everything again and compare.
+
+  sam-repro check                                      # exit code 1, and what is stale or edited by hand
+  sam-repro check --write                              # write the generated files and blocks anew
+
+It checks that every ledger row is whole and its counts are possible; that Table 4 is what the configurations say;
+that results/README.md and results/index.html are what `sam-repro report` makes of the ledger; and that the blocks
+
+    <!-- sam-repro table demo --format md -->
+    ...
+    <!-- sam-repro end -->
+
+in README.md, docs/ and results/ are what that command prints. Numbers belong in such blocks; nobody edits them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from sam_repro.config import compose_config
+from sam_repro.errors import UserError
+from sam_repro.ledger import read_row
+from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.report import Part, assemble, parts_of
+from sam_repro.paper.spec import load_table
+from sam_repro.paper.tables import FORMATS, render
+
+BLOCK = re.compile(r"(<!-- sam-repro table ([^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--write", action="store_true", help="write generated files and blocks instead of complaining")
+    parser.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="checkout (default: here)")
+
+
+def run(args: Namespace) -> int:
+    """Print what is wrong, one line each; returns 1 if anything is."""
+    problems = [*rows_problems(args.root / "results" / "runs"), *table4_problems()]
+    for path, text in generated(args.root):
+        if path.is_file() and path.read_text() == text:
+            continue
+        if args.write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"wrote {path}")
+        else:
+            problems.append(f"{path} is stale or was edited by hand; `sam-repro check --write` makes it anew")
+    for problem in problems:
+        print(problem)
+    if not problems and not args.write:
+        print("every number is the ledger's")
+    return 1 if problems else 0
+
+
+def rows_problems(folder: Path) -> Iterator[str]:
+    """Rows that cannot be what training wrote."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            row = read_row(path)
+        except UserError as error:
+            yield str(error)
+            continue
+        if path.stem != row["run_id"] or not row["run_id"].endswith(f"-s{row['seed']}-{row['config_hash']}"):
+            yield f"{path}: the run id {row['run_id']} does not fit the file's name, the seed or the configuration"
+        if row["status"] == "done" and not row["evals"]:
+            yield f"{path}: done, but without an evaluation"
+        for name, counts in row["evals"].items():
+            if not 0 <= counts["correct"] <= counts["total"]:
+                yield f"{path}: {counts['correct']} of {counts['total']} images correct on {name}"
+        last = {e["eval"]: e["correct"] for e in row.get("curves", {}).get("eval", [])}
+        for name in last.keys() & row["evals"].keys():
+            if last[name] != row["evals"][name]["correct"]:
+                yield f"{path}: {name} has {row['evals'][name]['correct']} correct, but its curve ends at {last[name]}"
+
+
+def table4_problems() -> Iterator[str]:
+    """Where configs/model and configs/recipe differ from the paper's Table 4."""
+    for row in load_table("table4").rows:
+        model = row.id.split("/")[0]
+        literal = ["recipe=resnet_table4"] if model.startswith("resnet") else []
+        cfg = compose_config([f"model={model}", "optim=gsam", *literal])
+        ours = {"rho_max": cfg.optim.rho_max, "rho_min": cfg.optim.rho_min, "alpha": cfg.optim.alpha}
+        ours |= {"lr": cfg.recipe.lr, "lr_min": cfg.recipe.lr * cfg.recipe.lr_min_ratio, "epochs": cfg.recipe.epochs}
+        ours |= {"weight_decay": cfg.recipe.weight_decay, "warmup_steps": cfg.recipe.warmup_steps}
+        for key, printed in row.printed.items():
+            assert isinstance(printed, (int, float))
+            if abs(ours[key] - printed) > 1e-9:
+                yield f"Table 4, {row.model}: {key} is {printed:g} in the paper and {ours[key]:g} in the configurations"
+
+
+def generated(root: Path) -> Iterator[tuple[Path, str]]:
+    """(path, text as it should be) of every generated file and of every document with generated blocks."""
+    parts = parts_of([], root / "results" / "runs")
+    yield root / "results" / "index.html", assemble(parts)
+    yield root / "results" / "README.md", overview(parts)
+    for path in sorted([root / "README.md", *(root / "docs").rglob("*.md")]):
+        text = path.read_text() if path.is_file() else ""
+        if BLOCK.search(text):
+            yield path, BLOCK.sub(lambda block: block[1] + fill(block[2]) + block[4], text)
+
+
+def fill(command: str) -> str:
+    """What `sam-repro table <command>` prints."""
+    parser = ArgumentParser(prog="sam-repro table", exit_on_error=False)
+    parser.add_argument("table")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="md")
+    parser.add_argument("--ledger", type=Path)
+    args = parser.parse_args(shlex.split(command))
+    table = load_table(args.table)
+    return render(table, outcomes(table, args.ledger), args.format)
+
+
+def overview(parts: list[Part]) -> str:
+    """results/README.md: one line a table, and how to read it."""
+    lines = ["# Results", "", "Generated by `sam-repro check --write` from `results/runs/`; never edited by hand.", ""]
+    head = ("table", "runs", "wanted", "within", "above", "below", "diverged", "one seed", "not in our sources")
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for part in parts:
+        words = Counter(c.verdict for o in part.found for c in o.cells)
+        cells = [part.table.title, len(part.rows), len(part.runs), *(words[w] for w in head[3:])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "`index.html` has every table, run and curve; `paper/` has the papers' numbers as data, and `runs/`"]
+    lines += ["one immutable file a finished run. What departs from the papers: `docs/DEVIATIONS.md`."]
+    return "\n".join(lines) + "\n"

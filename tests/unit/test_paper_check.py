@@ -1,0 +1,90 @@
+"""`sam-repro check` and `sam-repro status`: what is stale, edited by hand or impossible, and how far runs have come."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from paper_rows import fake_row, write_rows
+
+from sam_repro.cli import main
+from sam_repro.paper import report
+from sam_repro.paper.check import rows_problems
+from sam_repro.paper.spec import load_table, runs_of
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with rows of Table 6's GSAM and a README that quotes the table; the report is of that table only."""
+    monkeypatch.setattr(report, "table_names", lambda: ["table6"])
+    table = load_table("table6")
+    write_rows(tmp_path / "results" / "runs", runs_of(table, table.rows[-1]), [38_400, 38_350, 38_420], total=50_000)
+    block = f"<!-- sam-repro table table6 --ledger {tmp_path}/results/runs -->\n<!-- sam-repro end -->\n"
+    (tmp_path / "README.md").write_text(f"# Title\n{block}Last line.\n")
+    return tmp_path
+
+
+def test_write_then_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--root", str(root)]) == 1
+    assert capsys.readouterr().out.count("is stale") == 3
+    assert main(["check", "--root", str(root), "--write"]) == 0
+    readme = (root / "README.md").read_text()
+    assert "76.78 ± 0.18 (3) | 76.8" in readme and readme.endswith("<!-- sam-repro end -->\nLast line.\n")
+    assert main(["check", "--root", str(root)]) == 0
+    assert "every number is the ledger's" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", "results/index.html"])
+def test_a_number_edited_by_hand_is_found(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "--root", str(root), "--write"])
+    path = root / name
+    old = "| 1 |" if name == "results/README.md" else "76.78"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, old.replace("7", "9").replace("1", "4"), 1))
+    assert main(["check", "--root", str(root)]) == 1
+    assert f"{name} is stale or was edited by hand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"evals": {"val": {"correct": 361, "total": 360}}}, "361 of 360 images correct"),
+        ({"evals": {"val": {"correct": 359, "total": 360}}}, "but its curve ends at"),
+        ({"evals": {}}, "done, but without an evaluation"),
+        ({"seed": 7}, "does not fit"),
+    ],
+)
+def test_an_impossible_row_is_found(tmp_path: Path, change: dict, words: str) -> None:
+    table = load_table("demo")
+    row = fake_row(runs_of(table, table.rows[0])[0], 330)
+    path = tmp_path / f"{row['run_id']}.json"
+    path.write_text(json.dumps(row))
+    assert list(rows_problems(tmp_path)) == []
+    path.write_text(json.dumps(row | change))
+    assert any(words in problem for problem in rows_problems(tmp_path))
+    path.write_text("{")
+    assert "is not a ledger row" in next(rows_problems(tmp_path))
+
+
+def test_status_counts_and_shows_runs_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = tmp_path / "ledger"
+    text = (Path(report.__file__).parents[2] / "results" / "paper" / "demo.yaml").read_text()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text.replace("[experiment=demo]", f"[experiment=demo, log.runs_dir={tmp_path}]"))
+    table = load_table(str(mine))
+    first, second, third = runs_of(table, table.rows[0])
+    write_rows(ledger, [first], [330])
+    for run, lock in ((second, True), (third, False)):
+        folder = tmp_path / run.run_id
+        folder.mkdir()
+        (folder / "log.jsonl").write_text('{"step": 22, "loss": 1.5, "eta": 60.0}\n{"step": 22, "eval": "val"}\n')
+        if lock:
+            (folder / "lock").write_text("{}")
+    assert main(["status", str(mine), "--ledger", str(ledger), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["mine"]
+    assert counts == {"done": 1, "diverged": 0, "running": 1, "missing": 7, "hours": 0.01}
+    main(["status", str(mine), "--ledger", str(ledger)])
+    out = capsys.readouterr().out
+    assert f"{second.run_id}: running at step 22, loss 1.5000, 0:01:00 left" in out
+    assert f"{third.run_id}: interrupted at step 22" in out
