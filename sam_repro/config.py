@@ -79,6 +79,7 @@ class OptimConfig:
     rho_schedule: str = "lr"  # lr: tied to the learning rate (Algorithm 1) | constant: rho_max throughout
     faithful_rho: bool = False  # let rho go negative in the warm-up, as the reference does (D-05)
     m: int = 64  # images that share one perturbation: the reference's batch per device (D-01)
+    groups: str = "auto"  # on a GPU: groups one after the other (loop) or all at once (batched) | auto
 
 
 @dataclass
@@ -117,7 +118,7 @@ class TrainConfig:
 
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # bf16 (autocast) | fp32 | auto: bf16 where the GPU has it, else fp32
-    compile: bool = False  # torch.compile the forward and backward passes
+    compile: bool | None = None  # torch.compile the forward and backward passes; null: on a GPU
     deterministic: bool = False  # torch's deterministic algorithms; bitwise only on the CPU
     threads: int = 0  # CPU threads of torch; 0 leaves torch's choice
     log_every: int = 50  # steps between log lines; the only moments the host waits for the device
@@ -155,6 +156,7 @@ class Config:
 # Keys that say where and how fast, not what: two runs that differ only here are the same run.
 MACHINE_KEYS = (
     "log",
+    "optim.groups",
     "data.root",
     "data.backend",
     "data.workers",
@@ -283,6 +285,7 @@ def validate(cfg: Config) -> None:
         "recipe.schedule": ("linear", "cosine", "constant"),
         "recipe.decay": ("kernels", "all"),
         "recipe.loss": ("sigmoid", "softmax"),
+        "optim.groups": ("auto", "loop", "batched"),
         "optim.rho_schedule": ("lr", "constant"),
         "augment.crop": ("inception", "pad", "none"),
         "data.backend": ("auto", "ffcv", "torch"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sam_repro.config import Config
 from sam_repro.distributed import Ranks
+from sam_repro.errors import UserError
 from sam_repro.optim import GradientStep
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's statistics, by name
@@ -47,22 +49,57 @@ def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: i
         return loss(forward(tensors, images), labels)
 
     buffers = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[-1] in RUNNING}
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     m = cfg.optim.m
     if cfg.optim.perturb == "none" and not buffers:  # the mean gradient does not depend on the groups
         m = max(d for d in range(1, min(local_batch, VANILLA_GROUP) + 1) if local_batch % d == 0)
-    return GradientStep(
-        torch.compile(objective, dynamic=False) if cfg.train.compile else objective,
-        {n: p for n, p in model.named_parameters() if p.requires_grad},
-        buffers=buffers,
-        perturb=cfg.optim.perturb,
-        combine=cfg.optim.combine,
-        alpha=cfg.optim.alpha,
-        m=m,
-        all_reduce=ranks.sum_ if ranks.world > 1 else None,
-        rank=ranks.rank,
-        world=ranks.world,
-        stochastic=any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules()),
-    )
+    stochastic = any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules())
+    compiled = ranks.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
+    method = {
+        "buffers": buffers,
+        "perturb": cfg.optim.perturb,
+        "combine": cfg.optim.combine,
+        "alpha": cfg.optim.alpha,
+        "m": m,
+        "all_reduce": ranks.sum_ if ranks.world > 1 else None,
+        "rank": ranks.rank,
+        "world": ranks.world,
+    }
+    if ranks.device.type == "cuda" and cfg.optim.perturb in FUSED and not stochastic:
+        from sam_repro.optim.fused import FusedStep  # imports Triton, which only a GPU's torch has
+
+        products = torch.bfloat16 if bf16 else torch.float32
+        groups = group_strategy(cfg, params, products, count=local_batch // m, batchable=not buffers)
+        return FusedStep(objective, params, groups=groups, products=products, compile=compiled, **method)
+    if compiled:
+        objective = torch.compile(objective, dynamic=False)
+    return GradientStep(objective, params, stochastic=stochastic, **method)
+
+
+FUSED = ("none", "sam")  # perturbations that optim/fused.py knows
+
+
+def group_strategy(
+    cfg: Config, params: dict[str, nn.Parameter], products: torch.dtype, *, count: int, batchable: bool
+) -> str:
+    """How `count` groups of m images run on this GPU: all at once ("batched") where that is possible and fits."""
+    if count == 1 or cfg.optim.perturb == "none" or not batchable:
+        if cfg.optim.groups == "batched" and count > 1 and not batchable:
+            raise UserError("optim.groups=batched is impossible with BatchNorm, whose statistics are a group's own")
+        return "loop"
+    if cfg.optim.groups != "auto":
+        return cfg.optim.groups
+    # A copy of the weights and two gradients a group; the rest of the free memory is for activations.
+    needed = 3 * count * products.itemsize * sum(p.numel() for p in params.values())
+    free, _ = torch.cuda.mem_get_info()
+    if needed > free / 2:
+        print(
+            f"optim.groups=auto: {count} groups at once need {needed / 1e9:.1f} GB beside the activations, and "
+            f"{free / 1e9:.1f} GB are free: one after the other",
+            file=sys.stderr,
+        )
+        return "loop"
+    return "batched"
 
 
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:

@@ -23,7 +23,7 @@ ALLOWED = {
     "signals": set(),
     "log": {"config"},
     "ledger": {"errors"},
-    "objective": {"config", "distributed", "optim"},
+    "objective": {"config", "distributed", "errors", "optim"},
     "evaluate": {"data", "distributed"},
 }
 NO_TORCH = {"errors", "config", "ledger", "cli", "paper", "signals", "lock", "log"}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from sam_repro.config import choices, compose_config
 from sam_repro.errors import UserError
-from sam_repro.models import build_model
+from sam_repro.models import PatchLinear, build_model
 
 
 def build(name: str, **kwargs):
@@ -54,6 +56,26 @@ def test_resnet_is_v1_5_and_starts_as_identity_blocks():
     model = build_model(cfg.model, num_classes=10, image_size=224, loss="softmax")
     assert model.layer2[0].conv2.stride == (2, 2) and model.layer2[0].conv1.stride == (1, 1)
     assert (model.layer1[0].bn3.weight == 0).all() and (model.fc.bias == 0).all()
+
+
+@pytest.mark.parametrize("kwargs", [{"padding": 0}, {"bias": False}])
+def test_patch_embedding_is_the_convolution(kwargs):
+    convolution = nn.Conv2d(3, 16, 8, stride=8, **kwargs).double()
+    linear = copy.deepcopy(convolution)
+    linear.__class__ = PatchLinear
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    assert_close(linear(x), convolution(x))
+    assert linear.state_dict().keys() == convolution.state_dict().keys()
+    with pytest.raises(ValueError, match="not whole patches"):
+        linear(torch.randn(1, 3, 33, 32, dtype=torch.float64))
+
+
+def test_patch_embedding_is_used_where_patches_are_disjoint():
+    _, vit = build("vit_s32")
+    _, mixer = build("mixer_s16")
+    _, resnet = build("resnet50")
+    assert isinstance(vit.patch_embed.proj, PatchLinear) and isinstance(mixer.stem.proj, PatchLinear)
+    assert not any(isinstance(m, PatchLinear) for m in resnet.modules())
 
 
 def test_unknown_model_and_arguments():

@@ -1,0 +1,241 @@
+"""The two-pass engine on an NVIDIA GPU: the same gradient with as few bytes and launches as the method allows.
+
+Three things make it cheap. (1) What a product reads is kept in the dtype that it reads: under bf16 autocast the leaves
+of matrices and convolutions are bf16 tensors, so no pass casts them and their gradients move half the bytes. The values are
+those of autocast, which rounds w + eps to bf16 in the same way. (2) Norm, perturbation, inner products and combination
+are one fused pass each (kernels.py). (3) Everything between the input copy and the gradient is captured once in a CUDA
+graph and replayed.
+
+Groups of m images run either one after the other ("loop") or all at once ("batched"): vmapped, so that in the clean pass
+all groups share the weights, and in the robust pass a layer with its own weights a group becomes a batched product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sam_repro.optim import kernels
+from sam_repro.optim.base import is_kernel
+from sam_repro.optim.combine import ratio
+from sam_repro.optim.perturb import STABILITY, Tensors
+from sam_repro.optim.step import GradientStep
+
+WARMUP = 3  # calls before capture: compilation, autotuning, workspaces
+
+
+class FusedStep(GradientStep):
+    """GradientStep for perturb "none" or "sam" with a linear combination, fp32 parameters on one CUDA device.
+
+    Args (besides GradientStep's):
+        groups: "loop" | "batched". "batched" needs an objective that torch.vmap can trace: no buffers.
+        products: dtype of the leaves of matrices and convolutions: bf16 under autocast, else fp32.
+        compile: torch.compile the passes.
+        graph: capture in a CUDA graph; off for debugging.
+    """
+
+    def __init__(
+        self,
+        *arguments,
+        groups: str = "loop",
+        products: torch.dtype = torch.float32,
+        compile: bool = True,
+        graph: bool = True,
+        **keywords,
+    ):
+        super().__init__(*arguments, **keywords)
+        assert not self.stochastic and groups in ("loop", "batched")
+        assert groups == "loop" or not self.buffers, "running statistics cannot be batched"
+        self.batched, self.graph_wanted = groups == "batched", graph
+        dtypes = [products if is_kernel(n, p) else torch.float32 for n, p in zip(self.names, self.params, strict=True)]
+        # One class of leaves a dtype: a kernel launch serves one class.
+        self.classes = [[i for i, d in enumerate(dtypes) if d == dtype] for dtype in dict.fromkeys(dtypes)]
+        device = self.params[0].device
+        self.tables = [kernels.Table([self.params[i].numel() for i in c], device) for c in self.classes]
+        self.views = [strided_like(p, v) for p, v in zip(self.params, self.views, strict=True)]
+        self.weights = [p.detach() for p in self.params]
+        self.clean = [
+            w if d == torch.float32 else torch.empty_like(w, dtype=d) for w, d in zip(self.weights, dtypes, strict=True)
+        ]
+        self.dtypes, self.adversary = dtypes, []
+        self.rho = torch.zeros((), device=device)
+        self.gradient_of = self._compiled(shared=True, compile=compile)
+        self.robust_gradient_of = self._compiled(shared=False, compile=compile)
+        self.slots: list[Tensor] = []
+        self.work: list[dict[str, Tensor]] = []
+        self.replay: Callable[[], None] | None = None
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
+        """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
+        size = len(batch[0])
+        m = self.m or size
+        if size % m:
+            raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
+        self.count = size // m
+        self.rho.fill_(rho)
+        if not self.slots:
+            self._allocate(batch, m)
+        if not self.batched:
+            self.flat.zero_()
+        self._cast()
+        after = [torch.zeros_like(b) for b in self.buffers.values()]
+        chunks = [batch] if self.batched else list(zip(*(t.split(m) for t in batch), strict=True))
+        for chunk in chunks:
+            for slot, tensor in zip(self.slots, chunk, strict=True):
+                slot.copy_(tensor.view_as(slot), non_blocking=True)
+            self._reset_buffers()
+            self._run()
+            for total, b in zip(after, self.work[0].values(), strict=True):
+                total.add_(b)
+        for b, total in zip(self.buffers.values(), after, strict=True):
+            b.copy_(total / len(chunks) if b.is_floating_point() else total // len(chunks))
+        if self.all_reduce is not None:
+            self.all_reduce(self.flat)
+        for p, view in zip(self.params, self.views, strict=True):
+            p.grad = view
+        return self.metrics
+
+    def _allocate(self, batch: tuple[Tensor, ...], m: int) -> None:
+        """Input slots, perturbed copies and working statistics: static addresses for the graph."""
+        lead = (self.count, m) if self.batched else (m,)
+        self.slots = [torch.empty(lead + t.shape[1:], dtype=t.dtype, device=self.flat.device) for t in batch]
+        if len(lead) == 1 and batch[0].ndim == 4 and batch[0].is_contiguous(memory_format=torch.channels_last):
+            self.slots[0] = self.slots[0].contiguous(memory_format=torch.channels_last)
+        if self.perturb is not None:
+            count = self.count if self.batched else 1
+            for w, d in zip(self.weights, self.dtypes, strict=True):
+                copies = torch.empty((count, w.numel()), dtype=d, device=w.device)
+                strides = (w.numel(), *w.stride()) if self.batched else w.stride()
+                shape = (count, *w.shape) if self.batched else w.shape
+                self.adversary.append(copies.as_strided(shape, strides))
+        self.work = [{n: b.clone() for n, b in self.buffers.items()} for _ in range(2)]
+
+    def _reset_buffers(self) -> None:
+        for name, b in self.buffers.items():
+            self.work[0][name].copy_(b)
+
+    def _cast(self) -> None:
+        """The weights in the dtype that products read."""
+        for c, table in zip(self.classes, self.tables, strict=True):
+            if self.dtypes[c[0]] != torch.float32:
+                kernels.perturb(table, pick(self.weights, c), None, pick(self.clean, c), None)
+
+    def _run(self) -> None:
+        """The body, eagerly for the first calls, then captured, then replayed."""
+        if self.replay is not None:
+            self.replay()
+            return
+        if not self.graph_wanted:
+            self._body()
+            return
+        # Warm up and capture on a side stream; undo what the warm-ups added.
+        flat, work = self.flat.clone(), [{n: b.clone() for n, b in w.items()} for w in self.work]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                self._body()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._body()
+        for table in self.tables:
+            table.flush()
+        self.replay = graph.replay
+        self.flat.copy_(flat)
+        for ours, before in zip(self.work, work, strict=True):
+            for name, b in before.items():
+                ours[name].copy_(b)
+        self.replay()
+
+    def _body(self) -> None:
+        """One group, or all of them batched: from the slots to the flat buffer."""
+        count = self.count if self.batched else 1
+        weight = 1 / (self.count * self.world)
+        loss, g = self.gradient_of(self.clean, self.work[0], *self.slots)
+        gg = self._sum(lambda c, table: kernels.squares(table, pick(g, c), count))
+        if self.perturb is None:
+            one, zero = torch.full_like(gg, weight), torch.zeros_like(gg)
+            self._combine(g, None, one, zero)
+            self._report([loss, loss, zero, zero + 1, gg.sqrt(), gg.sqrt()], weight)
+            return
+        scale = self.rho / (gg.sqrt() + STABILITY)
+        for c, table in zip(self.classes, self.tables, strict=True):
+            kernels.perturb(table, pick(self.weights, c), pick(g, c), pick(self.adversary, c), scale)
+        loss_p, g_p = self.robust_gradient_of(self.adversary, self.work[1], *self.slots)
+        both = self._sum(lambda c, table: torch.stack(kernels.inner(table, pick(g, c), pick(g_p, c), count)))
+        ggp, gpgp = both[0], both[1]
+        a, b = self.combine(gg, ggp, gpgp, self.alpha)
+        used = [not isinstance(x, float) or x != 0 for x in (a, b)]
+        a, b = (torch.zeros_like(gg) + x * weight for x in (a, b))
+        self._combine(g if used[0] else None, g_p if used[1] else None, a, b)
+        cosine = ratio(ggp, (gg * gpgp).sqrt())
+        self._report([loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()], weight)
+
+    def _sum(self, part: Callable[[list[int], kernels.Table], Tensor]) -> Tensor:
+        """A reduction's parts over the classes of leaves, summed."""
+        return torch.stack([part(c, table) for c, table in zip(self.classes, self.tables, strict=True)]).sum(0)
+
+    def _combine(self, g: Tensors | None, g_p: Tensors | None, a: Tensor, b: Tensor) -> None:
+        for c, table in zip(self.classes, self.tables, strict=True):
+            kernels.combine(
+                table, g and pick(g, c), g_p and pick(g_p, c), pick(self.views, c), a=a, b=b, add=not self.batched
+            )
+
+    def _report(self, values: list[Tensor], weight: float) -> None:
+        """Means over groups into the metrics; losses are scalars or one a group."""
+        means = torch.stack([v.reshape(-1).float().sum() for v in values]) * weight
+        if self.batched:
+            self.metrics.copy_(means)
+        else:
+            self.metrics.add_(means)
+
+    # ---- the passes --------------------------------------------------------------------------------------------------
+
+    def _compiled(self, *, shared: bool, compile: bool) -> Callable:
+        """(leaves, buffers, *slots) -> (loss, gradients), gradients laid out in memory as the weights are."""
+        if not self.batched:
+            objective = torch.compile(self.objective, dynamic=False) if compile else self.objective
+
+            def passes(leaves: Tensors, buffers: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, Tensors]:
+                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+                loss = objective(dict(zip(self.names, leaves, strict=True)) | buffers, *batch)
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+                return loss.detach(), [laid_out(g, w) for g, w in zip(grads, self.weights, strict=True)]
+
+            return passes
+
+        def one(leaves: Tensors, *group: Tensor) -> Tensor:
+            return self.objective(dict(zip(self.names, leaves, strict=True)), *group)
+
+        in_dims = (None if shared else 0, *([0] * self.batch_tensors))
+        vmapped = torch.func.vmap(torch.func.grad_and_value(one), in_dims=in_dims)
+        vmapped = torch.compile(vmapped, dynamic=False) if compile else vmapped
+
+        def all_groups(leaves: Tensors, buffers: dict[str, Tensor], *slots: Tensor) -> tuple[Tensor, Tensors]:
+            grads, loss = vmapped(leaves, *slots)
+            return loss, [g.contiguous() for g in grads]
+
+        return all_groups
+
+    batch_tensors = 2  # images and labels
+
+
+def pick(tensors: Tensors, indices: list[int]) -> Tensors:
+    """The tensors of one class."""
+    return [tensors[i] for i in indices]
+
+
+def strided_like(p: Tensor, storage: Tensor) -> Tensor:
+    """A view of the contiguous `storage` with the strides of `p`, which may be channels-last."""
+    return storage.view(-1).as_strided(p.shape, p.stride(), storage.storage_offset())
+
+
+def laid_out(g: Tensor, w: Tensor) -> Tensor:
+    """`g` with the strides of `w`, copied only if it has others."""
+    return g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
