@@ -76,6 +76,8 @@ def main(cfg: Config) -> ledger.Row:
         model = build_model(
             cfg.model, num_classes=cfg.data.num_classes, image_size=cfg.data.image_size, loss=cfg.recipe.loss
         ).to(ranks.device)
+        if cfg.model.family == "resnet" and ranks.device.type == "cuda":
+            model = model.to(memory_format=torch.channels_last)  # the layout that tensor cores convolve in
         step = gradient_step(cfg, model, ranks, local_batch=local_batch, bf16=bf16)
         base = build_base(
             cfg.recipe.base,

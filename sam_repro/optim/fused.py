@@ -1,13 +1,13 @@
 """The two-pass engine on an NVIDIA GPU: the same gradient with as few bytes and launches as the method allows.
 
-Three things make it cheap. (1) What a product reads is kept in the dtype that it reads: under bf16 autocast the leaves
-of matrices and convolutions are bf16 tensors, so no pass casts them and their gradients move half the bytes. The values are
-those of autocast, which rounds w + eps to bf16 in the same way. (2) Norm, perturbation, inner products and combination
-are one fused pass each (kernels.py). (3) Everything between the input copy and the gradient is captured once in a CUDA
-graph and replayed.
+Three things make it cheap. (1) What a product reads is kept in the dtype that it reads: under bf16 autocast the
+leaves of matrices and convolutions are bf16 tensors, so no pass casts them and their gradients move half the bytes. The
+values are those of autocast, which rounds w + eps to bf16 in the same way. (2) Norm, perturbation, inner products
+and combination are one fused pass each (kernels.py). (3) Everything between the input copy and the gradient is
+captured once in a CUDA graph and replayed.
 
-Groups of m images run either one after the other ("loop") or all at once ("batched"): vmapped, so that in the clean pass
-all groups share the weights, and in the robust pass a layer with its own weights a group becomes a batched product.
+Groups of m images run either one after the other ("loop") or all at once ("batched"): vmapped, so that in the clean
+pass all groups share the weights, and in the robust pass a layer with its own weights a group becomes a batched product.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Four passes over all parameters at once, as Triton kernels: cast, squared norm, perturb, inner products, combine.
+"""Passes over all parameters at once, as Triton kernels: cast, squared norm, perturb, inner products, combine.
 
-A sharpness-aware step moves whole copies of the weights between its two passes; each kernel here reads and writes every
-copy once. Tensors of one dtype are addressed through a table of pointers, so one launch serves all of them. Gradients may
-carry a leading dimension of G groups, each with its own scalars.
+A sharpness-aware step moves whole copies of the weights between its two passes; each kernel here reads and writes
+every copy once. Tensors of one dtype are addressed through a table of pointers, so one launch serves all of them.
+Gradients may carry a leading dimension of G groups, each with its own scalars.
 """
 
 from __future__ import annotations

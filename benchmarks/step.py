@@ -1,0 +1,284 @@
+"""What a sharpness-aware step costs, beside its floor and its peers, in one run on one GPU.
+
+    python benchmarks/step.py --models vit_b32 resnet50 --output results/benchmarks/h100-step.json
+
+Synthetic uint8 images resident on the GPU, the model's own recipe, bf16, compiled. Each party is warmed up, then the
+parties take turns for `--rounds` rounds of `--steps` steps, so that a drift of the machine meets all of them; a figure is the
+median over rounds of the mean step. Parties:
+
+    vanilla     forward, backward, base optimizer, written plainly: compiled model, fp32 leaves, autocast
+    floor       two such forward+backward passes and one base-optimizer step: what SAM cannot go below, written plainly
+    ours-vanilla  this project's engine with method `vanilla`
+    ours-floor  the engine's own two passes and one base-optimizer step: the stricter floor
+    gsam-m<M>   this project's engine, groups of M images
+    sam-m<M>    likewise, SAM
+    davda54, juntang   the peers' optimizers in their own recipe, if --peers names a folder with sam.py and gsam/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sam_repro import ledger
+from sam_repro.config import Config, compose_config
+from sam_repro.distributed import Ranks
+from sam_repro.models import build_model
+from sam_repro.objective import gradient_step, loss_of
+from sam_repro.optim import build_base, decay_groups
+
+Party = Callable[[], None]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vit_b32", "resnet50", "vit_b16", "mixer_b16"])
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--m", nargs="+", type=int, default=[512, 64])
+    parser.add_argument("--groups", default="auto", help="optim.groups of the m < batch parties")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--peers", type=Path, help="folder with davda54's sam.py and juntang-zhuang's gsam/")
+    parser.add_argument("--parties", nargs="+", help="only these")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+class Bench:
+    """One model on one GPU and everything that the parties share."""
+
+    def __init__(self, name: str, batch: int):
+        self.name, self.batch, self.device = name, batch, torch.device("cuda")
+        self.images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=self.device)
+        self.labels = torch.randint(0, 1000, (batch,), device=self.device)
+        self.ranks = Ranks(0, 1, 0, 1, self.device)
+
+    def config(self, *overrides: str) -> Config:
+        fixed = [f"recipe.batch_size={self.batch}", "train.device=cuda", "train.dtype=bf16"]
+        return compose_config([f"model={self.name}", *fixed, *overrides])
+
+    def model(self, cfg: Config) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = build_model(cfg.model, num_classes=1000, image_size=224, loss=cfg.recipe.loss).to(self.device)
+        return model.to(memory_format=torch.channels_last) if cfg.model.family == "resnet" else model
+
+    def base(self, cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+        groups = decay_groups(model.named_parameters(), cfg.recipe.weight_decay)
+        return build_base(cfg.recipe.base, groups, lr=1e-4)
+
+    # ---- parties -----------------------------------------------------------------------------------------------------
+
+    def plain(self, passes: int) -> Party:
+        """The obvious loop: compiled, autocast, .backward()."""
+        cfg = self.config("optim=vanilla")
+        model = self.model(cfg)
+        base = self.base(cfg, model)
+        forward = self.plain_loss(cfg, model)
+
+        def step() -> None:
+            for _ in range(passes):
+                base.zero_grad(set_to_none=True)
+                forward().backward()
+            base.step()
+
+        return step
+
+    def plain_loss(self, cfg: Config, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        loss = loss_of(cfg)
+        layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
+
+        @torch.compile(dynamic=False)
+        def forward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                x = (images.float() / 127.5 - 1).contiguous(memory_format=layout)
+                z = model(x)
+            return loss(z.float(), labels)
+
+        return lambda: forward(self.images, self.labels)
+
+    def engine(self, *overrides: str, passes: int = 1) -> Party:
+        """This project's engine; `passes` > 1 repeats the gradient before the one base-optimizer step."""
+        cfg = self.config(*overrides)
+        model = self.model(cfg)
+        base = self.base(cfg, model)
+        step = gradient_step(cfg, model, self.ranks, local_batch=self.batch, bf16=True)
+
+        def run() -> None:
+            for _ in range(passes):
+                step(self.images, self.labels, rho=0.1)
+            base.step()
+
+        return run
+
+    def davda54(self) -> Party:
+        from sam import SAM  # pyright: ignore[reportMissingImports]
+
+        cfg = self.config("optim=sam")
+        model = self.model(cfg)
+        kind = torch.optim.AdamW if cfg.recipe.base == "adamw" else torch.optim.SGD
+        optimizer = SAM(model.parameters(), kind, rho=0.1, lr=1e-4, fused=True)
+        loss = self.plain_loss(cfg, model)
+
+        def step() -> None:
+            loss().backward()
+            optimizer.first_step(zero_grad=True)
+            loss().backward()
+            optimizer.second_step(zero_grad=True)
+
+        return step
+
+    def juntang(self) -> Party:
+        from gsam import GSAM, ProportionScheduler  # pyright: ignore[reportMissingImports]
+
+        cfg = self.config("optim=gsam")
+        model = self.model(cfg)
+        base = self.base(cfg, model)
+        lr = torch.optim.lr_scheduler.ConstantLR(base, factor=1.0)
+        rho = ProportionScheduler(lr, max_lr=1e-4, min_lr=0.0, max_value=0.1, min_value=0.0)
+        optimizer = GSAM(model.parameters(), base_optimizer=base, model=model, gsam_alpha=0.4, rho_scheduler=rho)
+        layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
+        compiled = torch.compile(model, dynamic=False)
+        loss = loss_of(cfg)
+
+        def logits(images: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return compiled((images.float() / 127.5 - 1).contiguous(memory_format=layout)).float()
+
+        def step() -> None:
+            def closure():
+                optimizer.base_optimizer.zero_grad()
+                with torch.enable_grad():
+                    z = logits(self.images)
+                    value = loss(z, self.labels)
+                value.backward()
+                return z, value.detach()
+
+            optimizer.step(closure)
+
+        return step
+
+
+def measure(parties: dict[str, Party], rounds: int, steps: int) -> dict[str, float]:
+    """Median over rounds of the mean seconds a step; the parties take turns."""
+    times: dict[str, list[float]] = {name: [] for name in parties}
+    for _ in range(rounds):
+        for name, party in parties.items():
+            party()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(steps):
+                party()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / steps)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def matmul_ceiling() -> float:
+    """TFLOP/s of an 8192^3 bf16 product on random data: what the chip can do."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = measure({"product": lambda: torch.mm(a, b)}, 5, 20)["product"]
+    return 2 * 8192**3 / seconds / 1e12
+
+
+def forward_gflop(bench: Bench) -> float:
+    """GFLOP of one image's forward pass, 2 x MAC."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = build_model(bench.config().model, num_classes=1000, image_size=224)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 224, 224))
+    return counter.get_total_flops() / 1e9
+
+
+def bench_model(name: str, args: argparse.Namespace, ceiling: float) -> list[dict]:
+    """Every party of one model; rows of the JSON."""
+    bench = Bench(name, args.batch)
+    makers: dict[str, Callable[[], Party]] = {
+        "vanilla": lambda: bench.plain(1),
+        "floor": lambda: bench.plain(2),
+        "ours-vanilla": lambda: bench.engine("optim=vanilla", f"optim.m={args.batch}"),
+        "ours-floor": lambda: bench.engine("optim=vanilla", f"optim.m={args.batch}", passes=2),
+    }
+    for m in args.m:
+        for method in ("gsam", "sam"):
+            makers[f"{method}-m{m}"] = lambda method=method, m=m: bench.engine(
+                f"optim={method}", f"optim.m={m}", f"optim.groups={args.groups}"
+            )
+    if args.peers:
+        sys.path.insert(0, str(args.peers))
+        makers |= {"davda54": bench.davda54, "juntang": bench.juntang}
+    if args.parties:
+        makers = {k: v for k, v in makers.items() if k in args.parties}
+    parties, memory, setup = {}, {}, {}
+    for party, make in makers.items():
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        try:
+            run = make()
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+        except Exception as error:  # one party's failure must not cost the others the lease
+            print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:600]}", flush=True)
+            continue
+        parties[party], setup[party] = run, time.perf_counter() - start
+        memory[party] = torch.cuda.max_memory_allocated() - before
+        print(f"{name} {party}: ready after {setup[party]:.0f} s", flush=True)
+    seconds = measure(parties, args.rounds, args.steps)
+    gflop = forward_gflop(bench)
+    rows = []
+    for party, s in seconds.items():
+        method, _, m = party.partition("-m")
+        row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
+        row |= {"dtype": "bf16", "image_size": 224, "images_per_second": args.batch / s, "seconds": s}
+        row |= {"over_floor": s / seconds.get("floor", float("nan")), "peak_bytes": memory[party]}
+        row |= {"over_ours_floor": s / seconds.get("ours-floor", float("nan")), "setup_seconds": setup[party]}
+        if party in ("vanilla", "ours-vanilla"):
+            row["ceiling_share"] = 3 * gflop * args.batch / s / 1e3 / ceiling
+        rows.append(row)
+        print(
+            f"{name:10} {party:13} {1e3 * s:8.2f} ms {args.batch / s:8.0f} img/s  x floor {row['over_floor']:.3f}  "
+            f"x ours-floor {row['over_ours_floor']:.3f}  peak {memory[party] / 1e9:.2f} GB "
+            + (f"ceiling {100 * row['ceiling_share']:.1f} %" if "ceiling_share" in row else ""),
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    args = arguments()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    ceiling = matmul_ceiling()
+    result = {
+        "hardware": torch.cuda.get_device_name(),
+        "matmul_tflops": ceiling,
+        "batch": args.batch,
+        "rounds": args.rounds,
+        "steps": args.steps,
+        **ledger.provenance(),
+        "entries": [],
+    }
+    print(f"{result['hardware']}, {ceiling:.0f} TFLOP/s bf16 product", flush=True)
+    for name in args.models:
+        result["entries"] += bench_model(name, args, ceiling)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
