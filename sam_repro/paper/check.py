@@ -96,7 +96,8 @@ def table4_problems() -> Iterator[str]:
 
 def generated(root: Path) -> Iterator[tuple[Path, str]]:
     """(path, text as it should be) of every generated file and of every document with generated blocks."""
-    parts = parts_of([], root / "results" / "runs")
+    ledger_dir = root / "results" / "runs"
+    parts = parts_of([], ledger_dir if ledger_dir.is_dir() else None)
     yield root / "results" / "index.html", assemble(parts)
     yield root / "results" / "README.md", overview(parts)
     for path in sorted([root / "README.md", *(root / "docs").rglob("*.md")]):

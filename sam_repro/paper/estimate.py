@@ -20,6 +20,7 @@ from pathlib import Path
 from sam_repro.config import Config
 from sam_repro.errors import UserError
 from sam_repro.paper.outcome import Outcome, outcomes
+from sam_repro.paper.plan import positive
 from sam_repro.paper.rates import Entry, Rate, forward_gflop, load_rates, loader_rate, passes_of, step_rate
 from sam_repro.paper.spec import Run, Table, load_table
 
@@ -32,9 +33,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("--gpu", default="h100", help="hardware whose speeds to take: h100, cpu, ... (default: h100)")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs at work together (default: 8)")
+    parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs at work together (default: 8)")
     parser.add_argument("--price", type=float, metavar="X", help="price of a GPU-hour, in any currency")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
     parser.add_argument("--missing", action="store_true", help="count only the runs that the ledger lacks")
     parser.add_argument(
         "--tflops", type=float, metavar="X", help="assume this sustained speed a GPU where none is known"
@@ -55,8 +56,6 @@ class Cost:
 
 def run(args: Namespace) -> None:
     """Print the estimate."""
-    if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus} must be at least 1")
     tables = [load_table(name) for name in args.tables]
     if args.calibrate:
         from sam_repro.paper.calibrate import calibrate

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.lock import STALE
 from sam_repro.paper.spec import UNREADABLE, Column, Run, Table, TableRow, runs_of
@@ -66,7 +67,12 @@ def outcomes(table: Table, ledger_dir: Path | None = None, *, seeds: int | None 
     Args:
         ledger_dir: folder of ledger rows; None takes the folder in each run's configuration.
         seeds: instead of the number the rows ask for.
+
+    Raises:
+        UserError: a folder that was named but does not exist, a damaged row, or overrides that do not compose.
     """
+    if ledger_dir is not None and not ledger_dir.is_dir():
+        raise UserError(f"there is no folder {ledger_dir} with ledger rows")
     return [outcome(table, row, ledger_dir, seeds=seeds) for row in table.rows]
 
 
@@ -118,7 +124,7 @@ def value_of(row: Row, column: Column) -> float | None:
     """
     if column.value is None:
         counts = row["evals"].get(column.name)
-        return 100 * counts["correct"] / counts["total"] if counts else None
+        return 100 * counts["correct"] / counts["total"] if counts and counts["total"] else None
     if column.value.startswith("last."):
         return last(row, column.value.removeprefix("last."))
     node: Any = row

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from sam_repro.ledger import row_path
@@ -21,8 +21,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("--missing", action="store_true", help="leave out the runs that the ledger has")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 def run(args: Namespace) -> None:

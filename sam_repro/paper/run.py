@@ -24,7 +24,7 @@ from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
-from sam_repro.paper.plan import finished
+from sam_repro.paper.plan import finished, positive
 from sam_repro.paper.spec import Run, load_table, unique_runs
 from sam_repro.signals import Interrupted
 
@@ -37,8 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.parse_args = parser.parse_intermixed_args  # overrides may stand before, between and after the options
     parser.add_argument("table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("extra", nargs="*", metavar="key=value", help="overrides laid over every row's own")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds a row, instead of what the table asks for")
-    parser.add_argument("--limit", type=int, metavar="N", help="start at most N runs")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--limit", type=positive, metavar="N", help="start at most N runs")
     parser.add_argument("--only", metavar="PATTERN", help="rows whose id, or runs whose run id, match (* is anything)")
     parser.add_argument("--budget", type=duration, metavar="9m", help="stop after this time: 90s, 9m, 2h; exit code 0")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="write the rows here instead of the table's folder")

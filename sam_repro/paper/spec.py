@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -167,11 +168,23 @@ def build(kind: type, tree: Any, where: str, **given: Any) -> Any:
     for key in tree:
         if key not in known:
             raise UserError(f"{where}: there is no key '{key}'{nearest(str(key), list(known))}")
+        if not fits(tree[key], str(known[key].type)):
+            raise UserError(f"{where}: {key} must be {known[key].type}, not {tree[key]!r}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()} | given
     try:
         return kind(**values)
     except TypeError as error:
         raise UserError(f"{where}: {str(error).split('() ')[-1]}") from None
+
+
+def fits(value: Any, annotation: str) -> bool:
+    """Whether a YAML value is of the type that a field above is annotated with."""
+    if annotation.startswith("tuple[str"):
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if annotation.startswith("dict[str, list"):
+        return isinstance(value, dict) and all(isinstance(v, list) and v for v in value.values())
+    kinds = {"str": str, "int": int, "dict": dict}
+    return isinstance(value, kinds.get(re.split(r"\W", annotation)[0], object))
 
 
 def expand_grid(row: TableRow, where: str) -> list[TableRow]:
@@ -186,7 +199,11 @@ def expand_grid(row: TableRow, where: str) -> list[TableRow]:
         short = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in point.items())
         named = {key.replace(".", "_"): value for key, value in point.items()}
         x = point.get(row.x, row.x) if isinstance(row.x, str) else row.x
-        expanded.append(replace(row, id=f"{row.id}/{short}", x=x, series=row.series.format(**named), point=point))
+        try:
+            series = row.series.format(**named)
+        except (KeyError, ValueError, IndexError):
+            raise UserError(f"{where}: series '{row.series}' may name {', '.join(named)} in braces") from None
+        expanded.append(replace(row, id=f"{row.id}/{short}", x=x, series=series, grid={}, point=point))
     return expanded
 
 
@@ -196,6 +213,8 @@ def check_table(table: Table) -> None:
     ids = [row.id for row in table.rows]
     for row in table.rows:
         where = f"table {table.name}, row {row.id}"
+        if row.seeds < 1:
+            raise UserError(f"{where}: seeds={row.seeds} must be at least 1")
         if ids.count(row.id) > 1:
             raise UserError(f"{where}: the id is used {ids.count(row.id)} times")
         for column, value in row.printed.items():

@@ -20,6 +20,7 @@ from pathlib import Path
 from sam_repro.errors import UserError
 from sam_repro.paper.deviations import deviation_titles
 from sam_repro.paper.outcome import Cell, Order, Outcome, Provenance, order_of_methods, outcomes, provenance_of
+from sam_repro.paper.plan import positive
 from sam_repro.paper.spec import Table, load_table
 
 
@@ -28,7 +29,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("--format", choices=sorted(FORMATS), default="md")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="look at N seeds instead of what the table asks for")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="look at N seeds instead of what the table asks for"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write here instead of to the terminal")
 
 

@@ -68,6 +68,13 @@ def test_a_grid_expands_to_all_combinations() -> None:
         ({"printed": {"val": "about 3"}}, "must be a number or 'not in our sources'"),
         ({"printed": {"val": True}}, "must be a number"),
         ({"grid": {"recipe.lr": [1]}}, "a grid needs overrides"),
+        ({"overrides": "optim=sam"}, "overrides must be"),
+        ({"overrides": [1]}, "overrides must be"),
+        ({"overrides": [], "grid": {"recipe.lr": 3}}, "grid must be"),
+        ({"overrides": [], "grid": {"recipe.lr": [3]}, "series": "{rho}"}, "may name recipe_lr in braces"),
+        ({"printed": None}, "printed must be"),
+        ({"seeds": -1}, "seeds=-1 must be at least 1"),
+        ({"seeds": "three"}, "seeds must be"),
     ],
 )
 def test_a_bad_row_is_one_sentence(change: dict, words: str) -> None:
@@ -98,3 +105,21 @@ def test_an_override_that_does_not_exist_is_one_sentence() -> None:
     table = parse_table("t", tree(overrides=["optim=gsamm"]))
     with pytest.raises(UserError, match="did you mean 'gsam'"):
         runs_of(table, table.rows[0])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "title: [", "title: T\nrows: 3"])
+def test_a_file_that_is_no_table_is_one_sentence(tmp_path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+    assert main(["plan", str(tmp_path / "t.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: t") and capsys.readouterr().err.count("\n") <= 1
+
+
+def test_counts_on_the_command_line_start_at_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "demo", "--seeds", "0"])
+    assert "not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_ledger_folder_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", "demo", "--ledger", "/nowhere"]) == 2
+    assert "there is no folder /nowhere" in capsys.readouterr().err

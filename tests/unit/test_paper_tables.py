@@ -89,7 +89,7 @@ def test_a_held_lock_reads_running(tmp_path: Path) -> None:
     lock = tmp_path / runs_of(table, table.rows[0])[1].run_id / "lock"
     lock.parent.mkdir()
     lock.write_text("{}")
-    assert outcomes(table, tmp_path / "ledger")[0].cells[0].verdict == "running"
+    assert outcomes(table, tmp_path)[0].cells[0].verdict == "running"
 
 
 @pytest.fixture
