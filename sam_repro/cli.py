@@ -24,6 +24,8 @@ COMMANDS = {
     "status": ("sam_repro.paper.status", "runs done, at work and missing, table by table"),
     "report": ("sam_repro.paper.report", "everything as one page, results/index.html"),
     "check": ("sam_repro.paper.check", "derive every published number again, and compare"),
+    "sync": ("sam_repro.paper.sync", "replay the logs of runs to W&B"),
+    "dashboard": ("sam_repro.paper.dashboard", "a W&B workspace for a table"),
 }
 
 

@@ -1,0 +1,109 @@
+"""`sam-repro sync` read back from the files that the wandb client writes offline, and the dashboard as data."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sam_repro.cli import main
+from sam_repro.config import compose_config, run_id, to_dict
+from sam_repro.paper.dashboard import build
+from sam_repro.paper.sync import metrics_of, run_folders
+
+LOG = [
+    {"step": 11, "loss": 2.0, "surrogate_gap": 0.1, "cosine": 0.9},
+    {"step": 22, "loss": None, "surrogate_gap": 0.2, "cosine": 0.8},
+    {"step": 22, "eval": "val", "correct": 180, "total": 360},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    cfg = compose_config(["experiment=demo", "optim=gsam"])
+    folder = tmp_path / run_id(cfg)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in LOG))
+    return folder
+
+
+def messages_in(path: Path) -> Iterator[bytes]:
+    """The messages of a .wandb file: LevelDB's log format after 7 bytes of header, in blocks of 32 KiB."""
+    data, at, message = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        if 32_768 - at % 32_768 < 7:  # too little for a header: padding
+            at += 32_768 - at % 32_768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield message
+            message = b""
+
+
+def records_of(folder: Path) -> tuple[dict, list[dict]]:
+    """The run's header and history in the .wandb file that the client left."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("*.wandb")
+    run, history = {}, []
+    for message in messages_in(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(message)
+        if record.HasField("run"):
+            run = {"id": record.run.run_id, "group": record.run.run_group, "project": record.run.project}
+        if record.HasField("history"):
+            items = record.history.item
+            history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return run, history
+
+
+def test_an_offline_run_holds_the_whole_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sync", str(folder.parent)]) == 0
+    run, history = records_of(folder)
+    assert run == {"id": folder.name, "group": "demo", "project": "sam-repro"}
+    rows = {h["_step"]: h for h in history if "_step" in h}
+    assert rows[11]["loss"] == 2.0 and rows[11]["cosine"] == 0.9
+    assert rows[22]["surrogate_gap"] == 0.2 and rows[22]["val/accuracy"] == 50.0 and "loss" not in rows[22]
+    assert "wandb sync" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "there is no log.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_or_a_folder_of_runs(folder: Path) -> None:
+    assert run_folders(folder) == run_folders(folder.parent) == [folder]
+    assert metrics_of(LOG[2]) == {"val/accuracy": 50.0}
+
+
+def test_without_a_key_the_dashboard_is_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["dashboard", "fig4", "--entity", "me"]) == 0
+    tree = json.loads((folder / capsys.readouterr().out.strip()).read_text())
+    panels = {s["name"]: [y for p in s["panels"] for y in p["y"]] for s in tree["sections"]}
+    assert panels["Accuracy"] == ["val/accuracy"] and "sharpness.lambda_max" in panels["Curvature"]
+    assert {"surrogate_gap", "cosine"} <= set(panels["The surrogate gap"]) and tree["run_group"] == "fig4"
+
+
+def test_the_workspace_is_built_from_the_file() -> None:
+    pytest.importorskip("wandb_workspaces")
+    tree = {"entity": "me", "project": "p", "name": "n", "run_group": "table1", "group_by": ["model.name"]}
+    workspace = build(tree | {"sections": [{"name": "A", "panels": [{"title": "T", "y": ["val/accuracy"]}]}]})
+    assert workspace.sections[0].panels[0].y == ["val/accuracy"] and workspace.entity == "me"
+
+
+def test_pushing_without_a_team_or_a_file_is_one_sentence(tmp_path: Path, capsys) -> None:
+    assert main(["dashboard", "--push", str(tmp_path / "no.json")]) == 2
+    assert main(["dashboard"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
