@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -254,7 +255,7 @@ def empty_or_labels(ax: Axes, ends: list[tuple[float, float, str, str]], found: 
         ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=SOFT)
 
 
-def limits(values: list[float]) -> tuple[float, float]:
+def limits(values: Sequence[float]) -> tuple[float, float]:
     """The range of some values with a little room."""
     room = 0.05 * (max(values) - min(values) or 1)
     return min(values) - (room if min(values) > room else 0), max(values) + room

@@ -281,11 +281,12 @@ def marker_like(value: Any, i: int) -> Any:
 
 def fill(node: Any, values: dict[Any, Any]) -> Any:
     """A configuration with every marker replaced by its value, as the type that the field has."""
-    if is_dataclass(node):
+    if is_dataclass(node) and not isinstance(node, type):
         return replace(node, **{f.name: fill(getattr(node, f.name), values) for f in fields(node)})
     if isinstance(node, (list, dict, bool)) or node not in values:
         return node
-    return type(node)(values[node])
+    kind: Any = type(node)
+    return kind(values[node])
 
 
 @cache

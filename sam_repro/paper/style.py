@@ -73,25 +73,16 @@ def spread(positions: list[float], gap: float) -> list[float]:
 
 
 def label_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, text, colour) beside the ends of lines, without overlaps; a thin leader where one had to move."""
+    """Write (x, y, text, colour) to the right of the ends of lines, moved apart where they would overlap."""
     if not ends:
         return
     low, high = ax.get_ylim()
     ys = spread([y for _, y, _, _ in ends], 0.075 * (high - low))
-    right = max(x for x, _, _, _ in ends)
-    for (x, y, text, colour), moved in zip(ends, ys, strict=True):
-        ax.annotate(
-            text,
-            xy=(x, y),
-            xytext=(right, moved),
-            textcoords="data",
-            color=colour,
-            fontweight="bold",
-            fontsize=9.5,
-            va="center",
-            annotation_clip=False,
-            transform=ax.transData,
-        ).set_position((right + 0.025 * (ax.get_xlim()[1] - ax.get_xlim()[0]), moved))
+    left, right = ax.get_xlim()
+    x = max(x for x, _, _, _ in ends)
+    offset = 0.06 * x if ax.get_xscale() == "log" else 0.025 * (right - left)
+    for (_, _, text, colour), y in zip(ends, ys, strict=True):
+        ax.text(x + offset, y, text, color=colour, fontweight="bold", fontsize=9.5, va="center", clip_on=False)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
