@@ -168,6 +168,34 @@ def order_of_methods(table: Table, found: list[Outcome]) -> list[Order]:
 
 
 @dataclass(frozen=True)
+class Winner:
+    """The best point of a sweep on the evaluation set that selects."""
+
+    outcome: Outcome
+    score: float  # mean over seeds, in %
+    measured: int  # points of the sweep that have a run
+    points: int
+
+
+def winners(table: Table, found: list[Outcome]) -> list[Winner]:
+    """The winner of every sweep, <model>/<method>, on `table.select`; the test set has no say."""
+    if not table.select:
+        return []
+    chooser = Column(table.select, table.select)
+    sweeps: dict[str, list[Outcome]] = {}
+    for o in found:
+        if o.row.point:
+            sweeps.setdefault("/".join(o.row.id.split("/")[:-1]), []).append(o)
+    best = []
+    for points in sweeps.values():
+        scored = [(interval(list(values.values())).mean, o) for o in points if (values := o.by_seed(chooser))]
+        if scored:
+            score, o = max(scored, key=lambda pair: pair[0])
+            best.append(Winner(o, score, len(scored), len(points)))
+    return best
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where the numbers of a table come from."""
 

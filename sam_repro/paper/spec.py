@@ -6,8 +6,8 @@ base:     overrides that all rows share
 seeds:    how many seeds a row wants (0 ... seeds - 1)
 columns:  name: {title, value, unit, digits}   the first one decides the order of methods. Without `value`, the
           accuracy in % on the evaluation set of that name; else a dotted path in the ledger row, or
-              last.<metric>: the end of a training curve
-order:    methods from worst to best, as the paper claims; each is the last part of a row's id
+          last.<metric>: the end of a training curve
+order:    methods from worst to best, as the paper claims; each is the second part of a row's id
 select:   evaluation set on which a sweep's winner is chosen, never the test set
 warnings: deviation ids (docs/DEVIATIONS.md) that concern every row
 notes:    sentences under the table
@@ -22,7 +22,9 @@ rows:     list of
     warnings:  deviation ids
     seeds:     where it differs from the table's
     series, x: the line and the abscissa in a figure of kind `sweep`
-    grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it
+    grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it, and
+               `series: "alpha {optim_alpha}"` its name
+    after:     <table>:<row id> whose trained weights the run starts from, seed by seed (model.weights=<run id>)
 figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title, log_x}
 """
 

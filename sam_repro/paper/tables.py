@@ -19,7 +19,17 @@ from pathlib import Path
 
 from sam_repro.errors import UserError
 from sam_repro.paper.deviations import deviation_titles
-from sam_repro.paper.outcome import Cell, Order, Outcome, Provenance, order_of_methods, outcomes, provenance_of
+from sam_repro.paper.outcome import (
+    Cell,
+    Order,
+    Outcome,
+    Provenance,
+    Winner,
+    order_of_methods,
+    outcomes,
+    provenance_of,
+    winners,
+)
 from sam_repro.paper.plan import positive
 from sam_repro.paper.spec import Table, load_table
 
@@ -90,7 +100,10 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         source=table.source,
         header=header,
         lines=lines,
-        orders=[sentence_of(order, table) for order in order_of_methods(table, found)],
+        orders=[
+            *(sentence_of(order, table) for order in order_of_methods(table, found)),
+            *(chosen(winner, table) for winner in winners(table, found)),
+        ],
         footnotes=footnotes_of(table),
         provenance=sentences_of(provenance_of(found)),
     )
@@ -130,6 +143,16 @@ def sentence_of(order: Order, table: Table) -> str:
     unit = "points" if column.unit == "%" else column.unit
     difference = f"{c.difference:+.{column.digits + 1}f} {unit}".strip()
     return f"{pair}: {difference} (paired by seed, n={c.n}{p}): {c.words}"
+
+
+def chosen(winner: Winner, table: Table) -> str:
+    """'ViT-B/32, GSAM: alpha=0.2 is best on minival (75.31 %, of 5 measured points of 6)'."""
+    row = winner.outcome.row
+    point = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in row.point.items())
+    return (
+        f"{row.model}, {row.method}: {point} is best on {table.select} "
+        f"({winner.score:.2f} %, of {winner.measured} measured points of {winner.points})"
+    )
 
 
 def footnotes_of(table: Table) -> list[str]:

@@ -8,14 +8,16 @@ import statistics
 from pathlib import Path
 
 import pytest
-from paper_rows import write_rows
+from paper_rows import fake_row, write_rows
 from scipy import stats as scipy_stats
 
 from sam_repro.cli import main
+from sam_repro.ledger import write_row
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.spec import load_table, parse_table, runs_of
 from sam_repro.paper.stats import compare, interval, verdict
 from sam_repro.paper.style import spread
+from sam_repro.paper.tables import render
 
 BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
 
@@ -149,3 +151,15 @@ def test_labels_at_the_ends_of_lines_do_not_overlap() -> None:
     moved = spread([1.0, 1.01, 0.99, 5.0], 0.5)
     assert sorted(moved)[:3] == pytest.approx([0.5, 1.0, 1.5]) and moved[3] == 5.0
     assert moved[2] < moved[0] < moved[1]
+
+
+def test_a_sweep_is_decided_on_minival_and_not_on_the_test_set(tmp_path: Path) -> None:
+    grid = {"optim.alpha": [0.1, 0.2, 0.3]}
+    row = {"id": "m/gsam", "model": "M", "method": "GSAM", "overrides": ["optim=gsam"], "grid": grid}
+    table = parse_table("t", BASE | {"select": "minival", "seeds": 1, "rows": [row]})
+    for row, minival, val in zip(table.rows[:2], (300, 310), (350, 320), strict=True):
+        fake = fake_row(runs_of(table, row)[0], val)
+        fake["evals"]["minival"] = {"correct": minival, "total": 360}
+        write_row(tmp_path, fake)
+    text = render(table, outcomes(table, tmp_path), "md")
+    assert "M, GSAM: alpha=0.2 is best on minival (86.11 %, of 2 measured points of 3)" in text
