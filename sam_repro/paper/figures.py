@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # metric of a training curve: (title, what it is)
 METRICS = {
-    "surrogate_gap": ("Surrogate gap h", "fₚ(w) − f(w), training batches"),
-    "cosine": ("cos θ", "angle between ∇f and ∇fₚ"),
+    "surrogate_gap": ("Surrogate gap h", "fₚ(w) − f(w) at the run's own ρ"),
+    "cosine": ("cos θ", "θ: angle between ∇f and ∇fₚ"),
     "loss": ("Training loss f", "clean pass"),
     "grad_norm": ("‖∇f‖", "clean pass"),
     "rho": ("Radius ρ", "of the perturbation"),

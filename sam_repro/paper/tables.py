@@ -104,12 +104,13 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
             *(sentence_of(order, table) for order in order_of_methods(table, found)),
             *(chosen(winner, table) for winner in winners(table, found)),
         ],
-        footnotes=footnotes_of(table),
+        footnotes=footnotes_of(table) + ([GAP] if curves else []),
         provenance=sentences_of(provenance_of(found)),
     )
 
 
 CURVES = (("surrogate_gap", "h"), ("cosine", "cos θ"))
+GAP = "h and cos θ: mean over the last logged interval, at each run's own ρ; h compares methods only at equal ρ"
 
 
 def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
