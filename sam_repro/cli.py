@@ -16,6 +16,7 @@ from sam_repro.errors import UserError
 # name: (module, what it does, in one line)
 COMMANDS = {
     "write": ("sam_repro.data.write", "turn image folders into .beton files with a manifest"),
+    "evaluate": ("sam_repro.evaluate_command", "count the right answers of any weights on any test set"),
     "run": ("sam_repro.paper.run", "run the rows of a table that the ledger lacks, one after the other"),
     "plan": ("sam_repro.paper.plan", "list the runs of a table, for a SLURM array"),
     "table": ("sam_repro.paper.tables", "ours beside the paper's numbers, with intervals and verdicts"),

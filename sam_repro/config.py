@@ -92,13 +92,15 @@ class AugmentConfig:
     scale: list[float] = field(default_factory=lambda: [0.05, 1.0])  # inception: range of the crop's area
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # inception: range of width / height
     flip: bool = True  # left-right with probability 1/2
+    randaugment: int = 0  # magnitude of RandAugment's two operations, as in TensorFlow's code (10, 15); 0 is off
+    mixup: float = 0.0  # p of the Beta(p, p) that mixes each group's images with their neighbours; 0 is off
 
 
 @dataclass
 class DataConfig:
     """A data set on disk and the shape in which the model sees it."""
 
-    name: str = MISSING  # imagenet | digits | synthetic
+    name: str = MISSING  # of its YAML file, and of its rows in tables
     root: str | None = None  # folder with train.beton and val.beton, or with train/ and val/ class folders
     num_classes: int = 1000  # outputs of the head
     image_size: int = 224  # side of the square given to the model
@@ -110,6 +112,11 @@ class DataConfig:
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
     antialias: bool = False  # training crop: area-average instead of plain bilinear
     eval_batch_size: int = 256  # of this rank
+    interpolation: str = "area"  # evaluation resize: area | bilinear, bicubic (Pillow's, for weights of others)
+    eval_sets: list[str] = field(default_factory=lambda: ["val"])  # counted after training: data/evalsets.py
+    eval_root: str | None = None  # folder of the published test sets V2, R and C; none: data.root
+    finetune_steps: int = 500  # of recipe=finetune, GSAM paper B.2
+    finetune_warmup: int = 100  # likewise
 
 
 @dataclass
@@ -150,6 +157,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    init: str | None = None  # weights to start from: a run's directory or a .safetensors file under timm's names
     seed: int = 0
 
 
@@ -161,6 +169,8 @@ MACHINE_KEYS = (
     "data.backend",
     "data.workers",
     "data.eval_batch_size",
+    "data.eval_sets",
+    "data.eval_root",
     "train.device",
     "train.compile",
     "train.threads",
@@ -289,6 +299,7 @@ def validate(cfg: Config) -> None:
         "optim.rho_schedule": ("lr", "constant"),
         "augment.crop": ("inception", "pad", "none"),
         "data.backend": ("auto", "ffcv", "torch"),
+        "data.interpolation": ("area", "bilinear", "bicubic"),
         "train.device": ("auto", "cpu", "cuda"),
         "train.dtype": ("auto", "bf16", "fp32"),
         "log.wandb": ("auto", "online", "offline", "disabled"),
@@ -297,6 +308,7 @@ def validate(cfg: Config) -> None:
     positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
     positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every")
     not_negative = ("optim.rho_max", "optim.rho_min", "recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
+    not_negative += ("augment.mixup", "augment.randaugment", "data.finetune_warmup")
     not_negative += ("optim.m", "data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
     for key, allowed in words.items():
         value = lookup(cfg, key)

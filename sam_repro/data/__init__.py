@@ -13,13 +13,14 @@ from torch import Tensor
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data.batches import worker_count
 from sam_repro.data.beton import fits_page_cache
-from sam_repro.data.crop import evaluation_geometry, training_geometry
-from sam_repro.data.datasets import BetonSource, ensure, open_source, root_of
+from sam_repro.data.crop import Geometry, evaluation_geometry, training_geometry
+from sam_repro.data.datasets import BetonSource, Source, ensure, open_source, root_of
+from sam_repro.data.evalsets import EvalSet
 from sam_repro.data.order import Plan, holdout
 from sam_repro.data.torch_loader import TorchLoader
 from sam_repro.errors import UserError
 
-__all__ = ["Loader", "build_loader", "ensure", "resolve_backend"]
+__all__ = ["Loader", "build_loader", "build_set_loader", "ensure", "resolve_backend"]
 
 
 class Loader(Protocol):
@@ -105,8 +106,25 @@ def build_loader(
     if training and len(plan) == 0:
         source.close()
         raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
-    workers = worker_count(data.workers, world)
-    if backend == "ffcv" and isinstance(source, BetonSource):
+    return _loader(source, plan, geometry, ffcv=backend == "ffcv", workers=data.workers, device=device)
+
+
+def build_set_loader(
+    eval_set: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1, device: torch.device
+) -> Loader:
+    """The loader of an evaluation set: every member once, (images, sample numbers); see data/evalsets.py."""
+    data = eval_set.data
+    plan = Plan(eval_set.members, batch_size, 0, False, rank, world)
+    ffcv = data.backend != "torch" and importlib.util.find_spec("ffcv") is not None
+    geometry = evaluation_geometry(data)
+    return _loader(eval_set.source, plan, geometry, ffcv=ffcv, workers=data.workers, device=device)
+
+
+def _loader(
+    source: Source, plan: Plan, geometry: Geometry, *, ffcv: bool, workers: int, device: torch.device
+) -> Loader:
+    workers = worker_count(workers, plan.world)
+    if ffcv and isinstance(source, BetonSource):
         from sam_repro.data.ffcv_loader import FFCVLoader  # importing ffcv takes seconds: only when it is used
 
         return FFCVLoader(source, plan, geometry, workers=workers, device=device)

@@ -8,7 +8,8 @@ are equal on every machine.
 Training (`inception`) follows the rule of TensorFlow's sample_distorted_bounding_box, which the papers' code uses:
 the aspect ratio is uniform, then the *height* is uniform among those that keep the area in range (so the area is not
 uniform), up to 100 attempts, then the whole image. Evaluation resizes the short side by exact area averaging and
-cuts the centre (big_vision's resize_small and central_crop).
+cuts the centre (big_vision's resize_small and central_crop), or does both as Pillow and torchvision do, with their
+bilinear or bicubic filter, for weights that were trained elsewhere.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sam_repro.errors import UserError
 
 CENTRE, INCEPTION, PAD = 0, 1, 2
 ATTEMPTS = 100  # TensorFlow's max_attempts
+PLAIN, AREA, BILINEAR, BICUBIC = 0, 1, 2, 3  # filters: bilinear without antialiasing, area average, Pillow's two
+FILTERS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}  # data.interpolation
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -43,7 +46,7 @@ class Geometry(NamedTuple):
     ratio_max: float
     pad: int  # PAD: zeros on each side
     flip: bool  # left-right with probability 1/2
-    antialias: bool  # INCEPTION: area average instead of plain bilinear
+    filter: int  # PLAIN | AREA | BILINEAR | BICUBIC
 
 
 def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
@@ -56,7 +59,9 @@ def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
         raise UserError(f"augment.scale={augment.scale} is not an increasing range within (0, 1]")
     if not 0 < ratio_min <= ratio_max:
         raise UserError(f"augment.ratio={augment.ratio} is not an increasing range of positive numbers")
-    return evaluation_geometry(data)._replace(
+    view = evaluation_geometry(data)
+    sampling = view.filter if augment.crop != "inception" else AREA if data.antialias else PLAIN
+    return view._replace(
         mode=modes[augment.crop],
         area_min=float(area_min),
         area_max=float(area_max),
@@ -64,7 +69,7 @@ def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
         ratio_max=float(ratio_max),
         pad=augment.pad,
         flip=bool(augment.flip),
-        antialias=bool(data.antialias),
+        filter=sampling,
     )
 
 
@@ -72,7 +77,11 @@ def evaluation_geometry(data: DataConfig) -> Geometry:
     """Short side to data.eval_resize, then the centre square of data.image_size."""
     if data.eval_resize < data.image_size:
         raise UserError(f"data.eval_resize={data.eval_resize} is smaller than data.image_size={data.image_size}")
-    return Geometry(CENTRE, data.image_size, data.eval_resize, 1.0, 1.0, 1.0, 1.0, 0, False, False)
+    if data.interpolation not in FILTERS:
+        raise UserError(f"data.interpolation={data.interpolation} does not exist (choices: {', '.join(FILTERS)})")
+    return Geometry(
+        CENTRE, data.image_size, data.eval_resize, 1.0, 1.0, 1.0, 1.0, 0, False, FILTERS[data.interpolation]
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -159,20 +168,42 @@ def crop_box(seed, epoch, index, height, width, geometry):
 
 
 @njit(cache=True, nogil=True)
-def _axis(length, resized, start, count, area):
+def _tap(x, cubic):
+    """Pillow's filters at distance x >= 0: the triangle, or Keys' cubic with a = -1/2."""
+    if not cubic:
+        return max(1.0 - x, 0.0)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0 if x < 2.0 else 0.0
+
+
+@njit(cache=True, nogil=True)
+def _axis(length, resized, start, count, filter):
     """Resampling one axis from `length` to `resized` pixels, output pixels start .. start + count - 1.
 
     Returns (first, taps, weights): output j is the sum over t < taps[j] of weights[j, t] * input[first[j] + t].
-    Half-pixel centres. Area averages exact fractional boxes; it is used only to shrink, bilinear otherwise.
+    Half-pixel centres. Area averages exact fractional boxes; it is used only to shrink, plain bilinear otherwise.
+    Pillow's filters widen with the scale when they shrink.
     """
     scale = length / resized
-    area = area and scale > 1.0
+    pillow = filter >= BILINEAR
+    stretch = max(scale, 1.0)
+    support = (2.0 if filter == BICUBIC else 1.0) * stretch
     first = np.empty(count, np.int64)
     taps = np.empty(count, np.int64)
-    weights = np.zeros((count, int(np.ceil(scale)) + 2), np.float32)
+    weights = np.zeros((count, int(np.ceil(2 * support if pillow else scale)) + 2), np.float32)
     for j in range(count):
         out = start + j
-        if area:
+        if pillow:
+            centre = (out + 0.5) * scale
+            begin, end = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
+            total = 0.0
+            for i in range(begin, end):
+                total += _tap(abs(i + 0.5 - centre) / stretch, filter == BICUBIC)
+            for i in range(begin, end):
+                weights[j, i - begin] = _tap(abs(i + 0.5 - centre) / stretch, filter == BICUBIC) / total
+            first[j], taps[j] = begin, end - begin
+        elif filter == AREA and scale > 1.0:
             low, high = out * scale, (out + 1) * scale
             begin, end = int(np.floor(low + 1e-9)), int(np.ceil(high - 1e-9))
             for i in range(begin, end):
@@ -189,14 +220,23 @@ def _axis(length, resized, start, count, area):
 
 
 @njit(cache=True, nogil=True)
-def _resample(image, top, left, h, w, resized_h, resized_w, area, flip, out):
+def _clip(value):
+    """Into the range of uint8."""
+    return min(max(value, np.float32(0.0)), np.float32(255.0))
+
+
+@njit(cache=True, nogil=True)
+def _resample(image, top, left, h, w, resized_h, resized_w, filter, flip, out):
     """The box of `image`, resized to resized_h x resized_w, its centre written to `out` (uint8, rounded half up).
 
     Columns first: adding whole rows is the part that the processor's vector unit does well.
     """
     rows, columns = out.shape[0], out.shape[1]
-    y_first, y_taps, y_weights = _axis(h, resized_h, (resized_h - rows) // 2, rows, area)
-    x_first, x_taps, x_weights = _axis(w, resized_w, (resized_w - columns) // 2, columns, area)
+    y_start, x_start = (resized_h - rows) // 2, (resized_w - columns) // 2
+    if filter >= BILINEAR:  # torchvision's CenterCrop rounds half to even
+        y_start, x_start = int(np.rint((resized_h - rows) / 2)), int(np.rint((resized_w - columns) / 2))
+    y_first, y_taps, y_weights = _axis(h, resized_h, y_start, rows, filter)
+    x_first, x_taps, x_weights = _axis(w, resized_w, x_start, columns, filter)
     begin, end = x_first[0], x_first[-1] + x_taps[-1]  # the columns that are used at all
     pixels = image.reshape(image.shape[0], 3 * image.shape[1])
     line = np.empty(3 * (end - begin), np.float32)
@@ -217,6 +257,8 @@ def _resample(image, top, left, h, w, resized_h, resized_w, area, flip, out):
                 blue += weight * line[at + _TWO]
                 at += _THREE
             to = columns - 1 - x if flip else x
+            if filter == BICUBIC:  # the one filter with negative weights
+                red, green, blue = _clip(red), _clip(green), _clip(blue)
             out[y, to, 0], out[y, to, 1], out[y, to, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
 
 
@@ -232,13 +274,14 @@ def render(image, out, geometry, seed, epoch, index):
     if geometry.mode != INCEPTION:
         ratio = (geometry.resize if geometry.mode == CENTRE else size) / min(height, width)
         fit_h, fit_w = int(np.rint(height * ratio)), int(np.rint(width * ratio))
+        if geometry.filter >= BILINEAR:  # torchvision's Resize truncates
+            fit_h, fit_w = int(height * ratio + 1e-9), int(width * ratio + 1e-9)
     shift_y, shift_x = top, left
     if geometry.mode == PAD:
         top, left, h, w = 0, 0, height, width
         target = np.empty_like(out)
     # One call: each further one, with constants for arguments, would be compiled for itself.
-    area = geometry.antialias or geometry.mode != INCEPTION
-    _resample(image, top, left, h, w, fit_h, fit_w, area, flip, target)
+    _resample(image, top, left, h, w, fit_h, fit_w, geometry.filter, flip, target)
     if geometry.mode == PAD:
         shift_x = -shift_x if flip else shift_x  # what is shifted is mirrored already
         for y in range(size):

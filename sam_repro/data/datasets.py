@@ -19,7 +19,7 @@ from PIL import Image
 
 from sam_repro.config import DataConfig
 from sam_repro.data.beton import BetonFile, write_beton
-from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, write_manifest
+from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, read_files, write_manifest
 from sam_repro.data.order import holdout
 from sam_repro.errors import UserError
 
@@ -36,6 +36,11 @@ class Source(Protocol):
     labels: np.ndarray
     classes: list[str]
     manifest: str
+
+    @property
+    def files(self) -> list[str]:
+        """The name of each sample's file. Raises UserError where they are not known."""
+        ...
 
     def read(self, index: int) -> np.ndarray:
         """One decoded image: uint8 [H, W, 3], C-contiguous. Raises UserError when it cannot be decoded."""
@@ -67,6 +72,11 @@ class BetonSource:
         self.labels = self.file.labels
         if self.labels.max() >= len(self.classes):
             raise UserError(f"{path} has label {self.labels.max()}, but its manifest lists {len(self.classes)} classes")
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that the samples were written from."""
+        return read_files(self.file.path)
 
     def read(self, index: int) -> np.ndarray:
         """Decode one sample."""
@@ -117,6 +127,7 @@ class ArraySource:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], manifest: str) -> None:
         self.images, self.labels, self.classes, self.manifest = images, labels, classes, manifest
+        self.files = [str(index) for index in range(len(labels))]
 
     def read(self, index: int) -> np.ndarray:
         """One image, as it is."""
@@ -190,19 +201,23 @@ def synthetic(data: DataConfig, split: str) -> ArraySource:
     return ArraySource(images, labels, [str(label) for label in range(data.num_classes)], _digest(spec))
 
 
+def find_source(root: Path, split: str) -> Source:
+    """root/<split>.beton, else the class folders in root/<split>."""
+    beton = root / f"{split}.beton"
+    if beton.exists():
+        return BetonSource(beton)
+    if (root / split).is_dir():
+        return FolderSource(root / split)
+    raise UserError(f"{root} has neither {split}.beton nor a folder {split}/ with one folder a class")
+
+
 def open_source(data: DataConfig, split: str) -> Source:
     """The source of 'train' or 'val'. Raises UserError when it is missing, damaged or has other classes."""
     if data.name == "synthetic":
         return synthetic(data, split)
     ensure(data)
     root = root_of(data)
-    beton = root / f"{split}.beton"
-    if beton.exists():
-        source: Source = BetonSource(beton)
-    elif (root / split).is_dir():
-        source = FolderSource(root / split)
-    else:
-        raise UserError(f"{root} has neither {split}.beton nor a folder {split}/ with one folder a class")
+    source = find_source(root, split)
     if len(source.classes) != data.num_classes:
         source.close()
         raise UserError(f"{root} has {len(source.classes)} classes in {split}, but data.num_classes={data.num_classes}")

@@ -21,9 +21,22 @@ def manifest_path(beton: str | Path) -> Path:
     return Path(beton).with_suffix(".manifest.json")
 
 
-def write_manifest(beton: str | Path, classes: list[str], **facts: Any) -> dict[str, Any]:
-    """Describe `beton` in its manifest and return it. `facts` are added as they are (size rule, skipped files)."""
+def files_path(beton: str | Path) -> Path:
+    """train.beton -> train.files.txt"""
+    return Path(beton).with_suffix(".files.txt")
+
+
+def write_manifest(
+    beton: str | Path, classes: list[str], *, files: list[str] | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Describe `beton` in its manifest and return it.
+
+    Args:
+        files: the name of each sample, kept in a list beside the manifest; ReaL's labels are found by them.
+        facts: added as they are (size rule, skipped files).
+    """
     file = BetonFile.open(beton)
+    names = "".join(f"{name}\n" for name in files or [])
     content = {
         "file": file.path.name,
         "format": f"beton {VERSION}, jpg",
@@ -34,14 +47,33 @@ def write_manifest(beton: str | Path, classes: list[str], **facts: Any) -> dict[
         "samples": len(file),
         "classes": classes,
         "counts": np.bincount(file.labels, minlength=len(classes)).tolist(),
+        "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
         **facts,
     }
     file.close()
-    target = manifest_path(beton)
-    temporary = target.with_suffix(f".{os.getpid()}.partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, target)
+    if files is not None:
+        _replace(files_path(beton), names)
+    _replace(manifest_path(beton), json.dumps(content, indent=1) + "\n")
     return content
+
+
+def _replace(target: Path, text: str) -> None:
+    """Write a file that is there completely or not at all."""
+    temporary = target.with_suffix(f".{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, target)
+
+
+def read_files(beton: str | Path) -> list[str]:
+    """The names that `write_manifest` was given. Raises UserError when there are none or they are not this file's."""
+    path = files_path(beton)
+    try:
+        names = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{beton} has no readable list of file names {path.name}: {error}") from None
+    if hashlib.sha256(names.encode()).hexdigest() != read_manifest(beton)["files_sha256"]:
+        raise UserError(f"{path} is not the list that belongs to {Path(beton).name}; write the data again")
+    return names.splitlines()
 
 
 def read_manifest(beton: str | Path) -> dict[str, Any]:
@@ -53,7 +85,7 @@ def read_manifest(beton: str | Path) -> dict[str, Any]:
         raise UserError(f"{beton} has no manifest {path.name}; write the data again with `sam-repro write`") from None
     except ValueError:
         raise UserError(f"{path} is not valid JSON") from None
-    needed = ("bytes", "sha256", "table_sha256", "samples", "classes", "counts")
+    needed = ("bytes", "sha256", "table_sha256", "samples", "classes", "counts", "files_sha256")
     if not isinstance(content, dict) or any(key not in content for key in needed):
         raise UserError(f"{path} is not a manifest: it needs {', '.join(needed)}")
     return content

@@ -3,13 +3,16 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import ks_2samp
 
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data.crop import (
+    AREA,
     CENTRE,
     INCEPTION,
     PAD,
+    PLAIN,
     Geometry,
     crop_box,
     evaluation_geometry,
@@ -22,7 +25,7 @@ from sam_repro.errors import UserError
 
 PINNED_HASHES = [2558736989570252433, 3400964856525257824, 12865742008072950574]
 PINNED_BOX = (170, 276, 120, 99, 0)
-TRAIN = Geometry(INCEPTION, 64, 64, 0.05, 1.0, 0.75, 4 / 3, 4, True, False)
+TRAIN = Geometry(INCEPTION, 64, 64, 0.05, 1.0, 0.75, 4 / 3, 4, True, PLAIN)
 
 
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -140,7 +143,7 @@ def test_bilinear_is_tensorflows(height, width):
 @pytest.mark.parametrize("resize", [64, 73])
 def test_evaluation_is_area_resize_then_centre_crop(height, width, resize):
     source = image(height, width)
-    geometry = Geometry(CENTRE, 64, resize, 1, 1, 1, 1, 0, False, False)
+    geometry = Geometry(CENTRE, 64, resize, 1, 1, 1, 1, 0, False, AREA)
     ratio = resize / min(height, width)
     size = (round(width * ratio), round(height * ratio))
     method = cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR
@@ -154,13 +157,13 @@ def test_evaluation_is_area_resize_then_centre_crop(height, width, resize):
 
 def test_nothing_is_resampled_when_the_size_is_right():
     source = image(64, 90)
-    geometry = Geometry(CENTRE, 64, 64, 1, 1, 1, 1, 0, False, False)
+    geometry = Geometry(CENTRE, 64, 64, 1, 1, 1, 1, 0, False, AREA)
     assert np.array_equal(rendered(source, geometry), source[:, 13:77])
 
 
 def test_antialias_averages_the_crop():
     source = image(256, 256)
-    whole = TRAIN._replace(area_min=1.0, ratio_min=1.0, ratio_max=1.0, flip=False, antialias=True)
+    whole = TRAIN._replace(area_min=1.0, ratio_min=1.0, ratio_max=1.0, flip=False, filter=AREA)
     expected = source.reshape(64, 4, 64, 4, 3).mean((1, 3))
     assert np.abs(rendered(source, whole) - expected).max() <= 0.51
 
@@ -207,3 +210,19 @@ def test_holdout_is_stratified():
     assert np.array_equal(np.sort(np.concatenate([train, minival])), np.arange(1300))
     assert np.bincount(labels[minival]).tolist() == [1] * 10
     assert len(holdout(labels, 1.0)[1]) == 0
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(227, 227), (300, 451), (100, 131), (224, 224), (500, 333)])
+def test_pillow_filters_equal_torchvision(interpolation, height, width):
+    """Resize and CenterCrop of torchvision on a Pillow image, which rounds between its two passes."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    small = np.random.default_rng(height).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
+    mode = transforms.InterpolationMode(interpolation)
+    theirs = transforms.Compose([transforms.Resize(256, mode), transforms.CenterCrop(224)])(image)
+    data = DataConfig(name="x", image_size=224, eval_resize=256, interpolation=interpolation)
+    ours = np.empty((224, 224, 3), np.uint8)
+    render(np.array(image), ours, evaluation_geometry(data), 0, 0, 0)
+    difference = np.abs(ours.astype(int) - np.asarray(theirs))
+    assert difference.max() <= 1 and difference.mean() < 0.25

@@ -16,15 +16,15 @@ ALLOWED = {
     "config": {"errors"},
     "optim": {"optim"},
     "data": {"data", "config", "errors"},
-    "models": {"config", "errors"},
+    "models": {"config", "errors", "optim"},
     "distributed": {"errors"},
     "checkpoint": {"errors"},
     "lock": {"errors"},
     "signals": set(),
     "log": {"config"},
     "ledger": {"errors"},
-    "objective": {"config", "distributed", "errors", "optim"},
-    "evaluate": {"data", "distributed"},
+    "objective": {"config", "distributed", "errors", "models", "optim"},
+    "evaluate": {"config", "data", "distributed"},
 }
 NO_TORCH = {"errors", "config", "ledger", "cli", "paper", "signals", "lock", "log"}
 

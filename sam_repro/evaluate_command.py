@@ -1,0 +1,164 @@
+"""Evaluate weights on named test sets, exactly: counts, accuracy and its 95 % interval.
+
+  sam-repro evaluate runs/vit_b32-gsam-s0-0123abcd --sets val,real,v2,r,c --eval-root /data/testsets
+  sam-repro evaluate weights.safetensors --model tf_efficientnet_lite0 --root /data/imagenet --sets v1,real
+
+A run brings its own configuration. Other weights are taken to be trained as timm says of the model (size, mean, std,
+interpolation, crop) unless options say otherwise. Under torchrun or srun the ranks share the images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from sam_repro.config import Config, DataConfig, ModelConfig, nearest, typed
+from sam_repro.data.evalsets import SETS, canonical
+from sam_repro.distributed import init_ranks
+from sam_repro.errors import UserError
+from sam_repro.evaluate import evaluate_sets
+from sam_repro.models import build_model
+from sam_repro.objective import forward_of
+
+OVERRIDES = ("backend", "image_size", "eval_resize", "interpolation", "mean", "std", "workers", "num_classes")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of `sam-repro evaluate`."""
+    parser.add_argument("weights", type=Path, help="a run's directory, its step-*.pt, or a .safetensors file")
+    parser.add_argument("--model", help="timm's name of the model, for weights that are not of a run")
+    parser.add_argument("--sets", default="val", help=f"comma-separated: v1, {', '.join(SETS)} (default: val)")
+    parser.add_argument("--root", help="folder with val.beton or val/<class>/*; default: that of the run")
+    parser.add_argument("--eval-root", help="folder of the published V2, R and C; default: --root")
+    parser.add_argument("--batch-size", type=int, default=256, help="images at a time on each rank")
+    parser.add_argument("--backend", choices=("auto", "ffcv", "torch"), help="default: that of the run, else torch")
+    parser.add_argument("--image-size", type=int, help="side of the model's input in pixels")
+    parser.add_argument("--eval-resize", type=int, help="short side in pixels before the centre crop")
+    parser.add_argument("--interpolation", choices=("area", "bilinear", "bicubic"), help="of that resize")
+    parser.add_argument("--mean", type=float, nargs=3, help="of pixels in [0, 1]")
+    parser.add_argument("--std", type=float, nargs=3, help="likewise")
+    parser.add_argument("--num-classes", type=int, help="outputs of the model")
+    parser.add_argument("--workers", type=int, help="decoding threads; default: this machine's cores, at most 16")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
+    parser.add_argument("--json", type=Path, help="also write the counts to this file")
+
+
+def run(args: Namespace) -> int:
+    """Evaluate and print; returns the exit code. Raises UserError for bad input."""
+    names = canonical(args.sets.split(","))
+    cfg, model = load(args)
+    ranks = init_ranks(args.device)
+    try:
+        model.to(ranks.device).eval()
+        forward = forward_of(cfg, model, ranks.device, bf16=args.bf16)
+        counts = evaluate_sets(lambda x: forward({}, x), cfg.data, names, ranks, progress=ranks.main)
+    finally:
+        ranks.close()
+    if ranks.main:
+        for name, count in counts.items():
+            print(describe(name, count))
+        if args.json:
+            args.json.write_text(json.dumps(counts, indent=1) + "\n")
+    return 0
+
+
+def load(args: Namespace) -> tuple[Config, nn.Module]:
+    """The configuration and the model with its weights."""
+    if not args.weights.exists():
+        raise UserError(f"there is no {args.weights}")
+    folder = args.weights if args.weights.is_dir() else args.weights.parent
+    if args.model is None and (folder / "config.yaml").exists():
+        cfg = read_config(folder / "config.yaml")
+        customise(cfg.data, args)
+        model = build_model(cfg.model, num_classes=cfg.data.num_classes, image_size=cfg.data.image_size)
+    elif args.model is not None:
+        if not timm.is_model(args.model):
+            raise UserError(f"timm has no model '{args.model}'{nearest(args.model, timm.list_models())}")
+        model = timm.create_model(args.model, **({"num_classes": args.num_classes} if args.num_classes else {}))
+        cfg = Config(model=ModelConfig(args.model, args.model, "timm"), data=data_of(model))
+        customise(cfg.data, args)
+    else:
+        raise UserError(f"{folder} has no config.yaml of a run; --model says which timm model these weights are of")
+    try:
+        model.load_state_dict(read_weights(args.weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{args.weights} does not fit {cfg.model.name}: {reason[:300]}") from None
+    return cfg, model
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration that a run left in its directory."""
+    try:
+        return typed(OmegaConf.merge(OmegaConf.structured(Config), yaml.safe_load(path.read_text())))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not this version's configuration: {str(error).splitlines()[0]}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """timm-named weights of a run's directory, a checkpoint or a .safetensors file, in fp32 where floating."""
+    path = path / "model.safetensors" if path.is_dir() else path
+    try:
+        if path.suffix == ".pt":
+            state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        else:
+            state = load_file(path)
+    except Exception as error:  # each library has its own for a missing or damaged file
+        raise UserError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def data_of(model: nn.Module) -> DataConfig:
+    """What timm says that the model's published weights want to see."""
+    wants = resolve_model_data_config(model)
+    size = wants["input_size"][-1]
+    return DataConfig(
+        name="imagenet",
+        num_classes=model.num_classes,  # pyright: ignore[reportArgumentType]
+        image_size=size,
+        eval_resize=math.floor(size / wants["crop_pct"]),
+        interpolation=wants["interpolation"] if wants["interpolation"] == "bilinear" else "bicubic",
+        mean=list(wants["mean"]),
+        std=list(wants["std"]),
+        backend="torch",
+    )
+
+
+def customise(data: DataConfig, args: Namespace) -> None:
+    """Lay the options that were given over `data`."""
+    for key in OVERRIDES:
+        if getattr(args, key) is not None:
+            setattr(data, key, getattr(args, key))
+    data.root, data.eval_root = args.root or data.root, args.eval_root or data.eval_root
+    data.eval_batch_size = args.batch_size
+
+
+def describe(name: str, count: dict) -> str:
+    """One line: accuracy, counts, Wilson's interval; for c the mean over its parts and mCE."""
+    correct, total = count["correct"], count["total"]
+    p, z = correct / total, 1.959964
+    centre, spread = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    low, high = (100 * (centre + sign * spread) / (1 + z * z / total) for sign in (-1, 1))
+    line = f"{name:<13}{100 * p:6.2f} %  {correct:,} of {total:,}  (95 %: {low:.2f} to {high:.2f})"
+    if "mce" in count:
+        line += f"  mean over 75 parts {count['mean']:.2f} %, mCE {count['mce']:.2f}"
+    return line
+
+
+if __name__ == "__main__":  # torchrun -m sam_repro.evaluate_command
+    parser = ArgumentParser("sam-repro evaluate")
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))
