@@ -2,9 +2,10 @@
 
     python benchmarks/step.py --models vit_b32 resnet50 --output results/benchmarks/h100-step.json
 
-Synthetic uint8 images resident on the GPU, the model's own recipe, bf16, compiled. Each party is warmed up, then the
-parties take turns for `--rounds` rounds of `--steps` steps, so that a drift of the machine meets all of them; a figure is the
-median over rounds of the mean step. Parties:
+Synthetic uint8 images resident on the GPU, the model's own recipe, bf16, compiled. The parties run one after the other,
+since a GPU does not hold the captured memory of all; each is warmed up and measured for `--rounds` rounds of `--steps`
+steps. A figure is the median over rounds of the mean step; the floor is measured again at the end, to see whether the
+machine drifted. Parties:
 
     vanilla     forward, backward, base optimizer, written plainly: compiled model, fp32 leaves, autocast
     floor       two such forward+backward passes and one base-optimizer step: what SAM cannot go below, written plainly
@@ -18,6 +19,7 @@ median over rounds of the mean step. Parties:
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -167,25 +169,23 @@ class Bench:
         return step
 
 
-def measure(parties: dict[str, Party], rounds: int, steps: int) -> dict[str, float]:
-    """Median over rounds of the mean seconds a step; the parties take turns."""
-    times: dict[str, list[float]] = {name: [] for name in parties}
+def measure(party: Party, rounds: int, steps: int) -> list[float]:
+    """Mean seconds a step, for each round."""
+    times = []
     for _ in range(rounds):
-        for name, party in parties.items():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
             party()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(steps):
-                party()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / steps)
-    return {name: statistics.median(t) for name, t in times.items()}
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / steps)
+    return times
 
 
 def matmul_ceiling() -> float:
     """TFLOP/s of an 8192^3 bf16 product on random data: what the chip can do."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = measure({"product": lambda: torch.mm(a, b)}, 5, 20)["product"]
+    seconds = statistics.median(measure(lambda: torch.mm(a, b), 5, 20))
     return 2 * 8192**3 / seconds / 1e12
 
 
@@ -219,9 +219,10 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float) -> list[dic
         makers |= {"davda54": bench.davda54, "juntang": bench.juntang}
     if args.parties:
         makers = {k: v for k, v in makers.items() if k in args.parties}
-    parties, memory, setup = {}, {}, {}
+    makers["floor-again"] = makers["floor"]  # last, to see a drift of the machine
+    times, memory, setup = {}, {}, {}
     for party, make in makers.items():
-        torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
@@ -230,19 +231,29 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float) -> list[dic
             for _ in range(3):
                 run()
             torch.cuda.synchronize()
+            setup[party] = time.perf_counter() - start
+            times[party] = measure(run, args.rounds, args.steps)
         except Exception as error:  # one party's failure must not cost the others the lease
-            print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:600]}", flush=True)
+            print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
             continue
-        parties[party], setup[party] = run, time.perf_counter() - start
+        finally:
+            run = None
         memory[party] = torch.cuda.max_memory_allocated() - before
-        print(f"{name} {party}: ready after {setup[party]:.0f} s", flush=True)
-    seconds = measure(parties, args.rounds, args.steps)
+        spread = 100 * (max(times[party]) / min(times[party]) - 1)
+        print(f"{name} {party}: ready after {setup[party]:.0f} s, spread {spread:.1f} %", flush=True)
+    seconds = {party: statistics.median(t) for party, t in times.items()}
     gflop = forward_gflop(bench)
     rows = []
     for party, s in seconds.items():
         method, _, m = party.partition("-m")
         row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
-        row |= {"dtype": "bf16", "image_size": 224, "images_per_second": args.batch / s, "seconds": s}
+        row |= {
+            "dtype": "bf16",
+            "image_size": 224,
+            "images_per_second": args.batch / s,
+            "seconds": s,
+            "rounds": times[party],
+        }
         row |= {"over_floor": s / seconds.get("floor", float("nan")), "peak_bytes": memory[party]}
         row |= {"over_ours_floor": s / seconds.get("ours-floor", float("nan")), "setup_seconds": setup[party]}
         if party in ("vanilla", "ours-vanilla"):

@@ -6,13 +6,13 @@ import math
 from functools import partial
 
 import timm
-import torch.nn.functional as F
 from timm.layers.weight_init import lecun_normal_
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from sam_repro.config import ModelConfig, nearest
 from sam_repro.errors import UserError
+from sam_repro.optim.grouped import linear
 
 # Sigmoid cross-entropy starts with every class improbable: sigmoid(-10) (official configuration, init_head_bias).
 SIGMOID_HEAD_BIAS = -10.0
@@ -69,7 +69,7 @@ class PatchLinear(nn.Conv2d):
         if height % p or width % q:
             raise ValueError(f"images of {height}x{width} pixels are not whole patches of {p}x{q}")
         patches = x.reshape(b, c, height // p, p, width // q, q).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        y = F.linear(patches, self.weight.flatten(1), self.bias)
+        y = linear(patches, self.weight.flatten(-3), self.bias)
         return y.transpose(1, 2).unflatten(2, (height // p, width // q))
 
 

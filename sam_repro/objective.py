@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from sam_repro.config import Config
 from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
+from sam_repro.models import PatchLinear
 from sam_repro.optim import GradientStep
+from sam_repro.optim.grouped import accept_groups, spread_loose
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's statistics, by name
 VANILLA_GROUP = 512  # images a pass where groups do not matter: bounds memory, changes nothing
@@ -21,13 +23,19 @@ VANILLA_GROUP = 512  # images a pass where groups do not matter: bounds memory, 
 def forward_of(
     cfg: Config, model: nn.Module, device: torch.device, *, bf16: bool
 ) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """(params | buffers, uint8 images (B, 3, H, W)) -> fp32 logits (B, classes); {} means the model's own."""
+    """(params | buffers, uint8 images (B, 3, H, W)) -> fp32 logits (B, classes); {} means the model's own.
+
+    Parameters may have a leading dimension of groups (optim/grouped.py) where the model's layers accept them.
+    """
     mean = 255 * torch.tensor(cfg.data.mean, device=device).view(1, 3, 1, 1)
     scale = 1 / (255 * torch.tensor(cfg.data.std, device=device).view(1, 3, 1, 1))
     layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
+    own = dict(model.named_parameters())
+    loose = {name: own[name].ndim for name in accept_groups(model, (PatchLinear,)) or ()}
 
     def forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         x = ((images.float() - mean) * scale).contiguous(memory_format=layout)
+        tensors = spread_loose(tensors, loose, len(images))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return torch.func.functional_call(model, tensors, (x,)).float()
 
@@ -69,7 +77,8 @@ def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: i
         from sam_repro.optim.fused import FusedStep  # imports Triton, which only a GPU's torch has
 
         products = torch.bfloat16 if bf16 else torch.float32
-        groups = group_strategy(cfg, params, products, count=local_batch // m, batchable=not buffers)
+        batchable = accept_groups(model, (PatchLinear,)) is not None
+        groups = group_strategy(cfg, params, products, count=local_batch // m, batchable=batchable)
         return FusedStep(objective, params, groups=groups, products=products, compile=compiled, **method)
     if compiled:
         objective = torch.compile(objective, dynamic=False)
@@ -85,7 +94,7 @@ def group_strategy(
     """How `count` groups of m images run on this GPU: all at once ("batched") where that is possible and fits."""
     if count == 1 or cfg.optim.perturb == "none" or not batchable:
         if cfg.optim.groups == "batched" and count > 1 and not batchable:
-            raise UserError("optim.groups=batched is impossible with BatchNorm, whose statistics are a group's own")
+            raise UserError(f"optim.groups=batched: {cfg.model.name} has layers that cannot take a group's own weights")
         return "loop"
     if cfg.optim.groups != "auto":
         return cfg.optim.groups

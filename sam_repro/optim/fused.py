@@ -6,8 +6,8 @@ values are those of autocast, which rounds w + eps to bf16 in the same way. (2) 
 and combination are one fused pass each (kernels.py). (3) Everything between the input copy and the gradient is
 captured once in a CUDA graph and replayed.
 
-Groups of m images run either one after the other ("loop") or all at once ("batched"): vmapped, so that in the clean
-pass all groups share the weights, and in the robust pass a layer with its own weights a group becomes a batched product.
+Groups of m images run either one after the other ("loop") or all at once ("batched", grouped.py): in the clean pass
+they share the weights, in the robust pass every layer multiplies each group with its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class FusedStep(GradientStep):
     """GradientStep for perturb "none" or "sam" with a linear combination, fp32 parameters on one CUDA device.
 
     Args (besides GradientStep's):
-        groups: "loop" | "batched". "batched" needs an objective that torch.vmap can trace: no buffers.
+        groups: "loop" | "batched". "batched" gives the objective parameters with a leading dimension of groups
+            (grouped.py), the whole local batch, and wants the mean loss over all of it; no buffers.
         products: dtype of the leaves of matrices and convolutions: bf16 under autocast, else fp32.
         compile: torch.compile the passes.
         graph: capture in a CUDA graph; off for debugging.
@@ -61,8 +62,8 @@ class FusedStep(GradientStep):
         ]
         self.dtypes, self.adversary = dtypes, []
         self.rho = torch.zeros((), device=device)
-        self.gradient_of = self._compiled(shared=True, compile=compile)
-        self.robust_gradient_of = self._compiled(shared=False, compile=compile)
+        if compile:
+            self.objective = torch.compile(self.objective, dynamic=False)
         self.slots: list[Tensor] = []
         self.work: list[dict[str, Tensor]] = []
         self.replay: Callable[[], None] | None = None
@@ -86,7 +87,7 @@ class FusedStep(GradientStep):
         chunks = [batch] if self.batched else list(zip(*(t.split(m) for t in batch), strict=True))
         for chunk in chunks:
             for slot, tensor in zip(self.slots, chunk, strict=True):
-                slot.copy_(tensor.view_as(slot), non_blocking=True)
+                slot.copy_(tensor, non_blocking=True)
             self._reset_buffers()
             self._run()
             for total, b in zip(after, self.work[0].values(), strict=True):
@@ -101,17 +102,16 @@ class FusedStep(GradientStep):
 
     def _allocate(self, batch: tuple[Tensor, ...], m: int) -> None:
         """Input slots, perturbed copies and working statistics: static addresses for the graph."""
-        lead = (self.count, m) if self.batched else (m,)
-        self.slots = [torch.empty(lead + t.shape[1:], dtype=t.dtype, device=self.flat.device) for t in batch]
-        if len(lead) == 1 and batch[0].ndim == 4 and batch[0].is_contiguous(memory_format=torch.channels_last):
-            self.slots[0] = self.slots[0].contiguous(memory_format=torch.channels_last)
+        images = m * self.count if self.batched else m
+        self.slots = [torch.empty_like(t[:images]) for t in batch]
+        if self.batched:
+            self.clean = [w.expand(self.count, *w.shape) for w in self.clean]
         if self.perturb is not None:
-            count = self.count if self.batched else 1
+            lead = (self.count,) if self.batched else ()
             for w, d in zip(self.weights, self.dtypes, strict=True):
-                copies = torch.empty((count, w.numel()), dtype=d, device=w.device)
-                strides = (w.numel(), *w.stride()) if self.batched else w.stride()
-                shape = (count, *w.shape) if self.batched else w.shape
-                self.adversary.append(copies.as_strided(shape, strides))
+                memory = torch.empty((lead or (1,))[0] * w.numel(), dtype=d, device=w.device)
+                strides = (w.numel(), *w.stride()) if lead else w.stride()
+                self.adversary.append(memory.as_strided((*lead, *w.shape), strides))
         self.work = [{n: b.clone() for n, b in self.buffers.items()} for _ in range(2)]
 
     def _reset_buffers(self) -> None:
@@ -157,7 +157,7 @@ class FusedStep(GradientStep):
         """One group, or all of them batched: from the slots to the flat buffer."""
         count = self.count if self.batched else 1
         weight = 1 / (self.count * self.world)
-        loss, g = self.gradient_of(self.clean, self.work[0], *self.slots)
+        loss, g = self._pass(self.clean, self.work[0])
         gg = self._sum(lambda c, table: kernels.squares(table, pick(g, c), count))
         if self.perturb is None:
             one, zero = torch.full_like(gg, weight), torch.zeros_like(gg)
@@ -167,7 +167,7 @@ class FusedStep(GradientStep):
         scale = self.rho / (gg.sqrt() + STABILITY)
         for c, table in zip(self.classes, self.tables, strict=True):
             kernels.perturb(table, pick(self.weights, c), pick(g, c), pick(self.adversary, c), scale)
-        loss_p, g_p = self.robust_gradient_of(self.adversary, self.work[1], *self.slots)
+        loss_p, g_p = self._pass(self.adversary, self.work[1])
         both = self._sum(lambda c, table: torch.stack(kernels.inner(table, pick(g, c), pick(g_p, c), count)))
         ggp, gpgp = both[0], both[1]
         a, b = self.combine(gg, ggp, gpgp, self.alpha)
@@ -188,42 +188,20 @@ class FusedStep(GradientStep):
             )
 
     def _report(self, values: list[Tensor], weight: float) -> None:
-        """Means over groups into the metrics; losses are scalars or one a group."""
-        means = torch.stack([v.reshape(-1).float().sum() for v in values]) * weight
+        """Means over groups into the metrics. A batched loss is the mean over all groups already."""
+        means = torch.stack([v.mean() for v in values])
         if self.batched:
-            self.metrics.copy_(means)
+            self.metrics.copy_(means / self.world)
         else:
-            self.metrics.add_(means)
+            self.metrics.add_(means, alpha=weight)
 
-    # ---- the passes --------------------------------------------------------------------------------------------------
-
-    def _compiled(self, *, shared: bool, compile: bool) -> Callable:
-        """(leaves, buffers, *slots) -> (loss, gradients), gradients laid out in memory as the weights are."""
-        if not self.batched:
-            objective = torch.compile(self.objective, dynamic=False) if compile else self.objective
-
-            def passes(leaves: Tensors, buffers: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, Tensors]:
-                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-                loss = objective(dict(zip(self.names, leaves, strict=True)) | buffers, *batch)
-                grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-                return loss.detach(), [laid_out(g, w) for g, w in zip(grads, self.weights, strict=True)]
-
-            return passes
-
-        def one(leaves: Tensors, *group: Tensor) -> Tensor:
-            return self.objective(dict(zip(self.names, leaves, strict=True)), *group)
-
-        in_dims = (None if shared else 0, *([0] * self.batch_tensors))
-        vmapped = torch.func.vmap(torch.func.grad_and_value(one), in_dims=in_dims)
-        vmapped = torch.compile(vmapped, dynamic=False) if compile else vmapped
-
-        def all_groups(leaves: Tensors, buffers: dict[str, Tensor], *slots: Tensor) -> tuple[Tensor, Tensors]:
-            grads, loss = vmapped(leaves, *slots)
-            return loss, [g.contiguous() for g in grads]
-
-        return all_groups
-
-    batch_tensors = 2  # images and labels
+    def _pass(self, leaves: Tensors, buffers: dict[str, Tensor]) -> tuple[Tensor, Tensors]:
+        """Loss and gradients at `leaves` on the images in the slots, laid out in memory as the weights are."""
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        loss = self.objective(dict(zip(self.names, leaves, strict=True)) | buffers, *self.slots)
+        total = loss * self.count if self.batched else loss  # the sum over groups of their mean losses
+        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        return loss.detach(), [laid_out(g, w) for g, w in zip(grads, self.weights, strict=True)]
 
 
 def pick(tensors: Tensors, indices: list[int]) -> Tensors:
@@ -237,5 +215,8 @@ def strided_like(p: Tensor, storage: Tensor) -> Tensor:
 
 
 def laid_out(g: Tensor, w: Tensor) -> Tensor:
-    """`g` with the strides of `w`, copied only if it has others."""
-    return g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
+    """`g`, perhaps with a leading dimension of groups, strided as `w` within a group; copied only if it is not."""
+    strides = w.stride() if g.ndim == w.ndim else (w.numel(), *w.stride())
+    return (
+        g if g.stride() == strides else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+    )

@@ -1,0 +1,63 @@
+"""Weights with a leading dimension of groups: every group's gradient in one backward equals its own backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sam_repro.config import compose_config
+from sam_repro.models import PatchLinear, build_model
+from sam_repro.objective import forward_of, loss_of
+from sam_repro.optim.grouped import accept_groups
+
+GROUPS, M = 3, 2
+
+
+def problem(name: str):
+    cfg = compose_config([f"model={name}", "debug=tiny"])
+    model = build_model(cfg.model, num_classes=5, image_size=64, loss="sigmoid").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    forward, loss = forward_of(cfg, model, torch.device("cpu"), bf16=False), loss_of(cfg)
+
+    def objective(tensors, images, labels):
+        return loss(forward(tensors, images), labels)
+
+    images = torch.randint(0, 256, (GROUPS * M, 3, 64, 64), dtype=torch.uint8)
+    return model, objective, images, torch.randint(0, 5, (GROUPS * M,))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["vit_s32", "mixer_s32"])
+def test_gradients_of_all_groups_at_once(name, shared):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, objective, images, labels = problem(name)
+        names, weights = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
+        leaves = [w.expand(GROUPS, *w.shape) for w in weights]
+        if not shared:
+            leaves = [leaf + 0.05 * torch.randn_like(leaf) for leaf in leaves]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        mean = objective(dict(zip(names, leaves, strict=True)), images, labels)
+        at_once = torch.autograd.grad(GROUPS * mean, leaves)
+        losses = []
+        for g in range(GROUPS):
+            own = [leaf.detach()[g].clone().requires_grad_() for leaf in leaves]
+            part = slice(g * M, (g + 1) * M)
+            losses.append(objective(dict(zip(names, own, strict=True)), images[part], labels[part]))
+            for ours, theirs in zip(at_once, torch.autograd.grad(losses[-1], own), strict=True):
+                assert_close(ours[g], theirs, rtol=1e-5, atol=1e-7)  # images are normalised in fp32
+        assert_close(mean, torch.stack(losses).mean(), rtol=1e-6, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_which_models_take_groups():
+    for name, loose in {"vit_s32": {"pos_embed"}, "mixer_s32": set(), "resnet50": None}.items():
+        cfg = compose_config([f"model={name}", "debug=tiny"])
+        model = build_model(cfg.model, num_classes=5, image_size=64)
+        keys = list(model.state_dict())
+        assert accept_groups(model, (PatchLinear,)) == loose
+        assert accept_groups(model, (PatchLinear,)) == loose and list(model.state_dict()) == keys
