@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def messages_in(path: Path) -> Iterator[bytes]:
     """The messages of a .wandb file: LevelDB's log format after 7 bytes of header, in blocks of 32 KiB."""
     data, at, message = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at < len(data):
+    assert data[:4] in (b":W&B", b"")
+    while at + 7 <= len(data):
         if 32_768 - at % 32_768 < 7:  # too little for a header: padding
             at += 32_768 - at % 32_768
             continue
@@ -69,7 +70,10 @@ def records_of(folder: Path) -> tuple[dict, list[dict]]:
 
 def test_an_offline_run_holds_the_whole_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sync", str(folder.parent)]) == 0
-    run, history = records_of(folder)
+    deadline = time.monotonic() + 20  # the client's own process may still be writing when finish() returns
+    while not (found := records_of(folder))[1] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run, history = found
     assert run == {"id": folder.name, "group": "demo", "project": "sam-repro"}
     rows = {h["_step"]: h for h in history if "_step" in h}
     assert rows[11]["loss"] == 2.0 and rows[11]["cosine"] == 0.9
