@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +36,30 @@ def build_base(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """The base optimizer: "sgd" (coupled L2) or "adamw" (decoupled decay times lr), fused on a GPU."""
-    fused = all(p.is_cuda for group in groups for p in group["params"]) or None
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
-    raise ValueError(f"unknown base optimizer '{name}': adamw or sgd")
+    """The base optimizer, fused on a GPU where torch can.
+
+    "sgd" and "adam" have coupled L2 decay, "adamw" and "adabelief" decay decoupled and times lr. AdaBelief is timm's,
+    without rectification, as its authors ran ImageNet; they name eps 1e-8 there, and 1e-16 as their library's default
+    (D-28). Any other name is a class of torch.optim, such as "NAdam". Each class gets those arguments that it has.
+
+    Raises:
+        ValueError: for an unknown name, or a class whose step wants a closure or sparse gradients.
+    """
+    options: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
+    if name == "adabelief":
+        from timm.optim import AdaBelief  # the one base optimizer that torch lacks
+
+        return AdaBelief(groups, lr=lr, betas=betas, eps=eps, decoupled_decay=True, rectify=False)
+    classes = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in UNFIT}
+    cls = classes.get({"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}.get(name, name))
+    if cls is None:
+        known = f"sgd, adam, adamw, adabelief, or a class of torch.optim ({', '.join(sorted(classes))})"
+        raise ValueError(f"unknown base optimizer '{name}': {known}")
+    taken = inspect.signature(cls).parameters
+    if name in ("sgd", "adam", "adamw") and all(p.is_cuda for group in groups for p in group["params"]):
+        options["fused"] = True
+    return cls(groups, **{key: value for key, value in options.items() if key in taken})
+
+
+# Classes of torch.optim that cannot be a base: abstract, closure-driven, sparse.
+UNFIT = ("Optimizer", "LBFGS", "SparseAdam")

@@ -1,20 +1,22 @@
 """The two-pass engine: one method's gradient of one batch, in p.grad, for any number of ranks.
 
-Sharpness-aware methods have no state of their own: the perturbation lives for half a step. So the engine is a
-function of the weights that leaves a gradient behind, and a plain torch optimizer owns all the state. The weights
-themselves are never written: the robust pass reads a perturbed copy, so that the weights after a step are
-bitwise those before it, whatever happens in between.
+Most sharpness-aware methods have no state of their own: the perturbation lives for half a step. So the engine is a
+function of the weights that leaves a gradient behind, and a plain torch optimizer owns its state. The few methods that
+remember something (a running mean, an eigenvector) say so in state_dict(). The weights themselves are never written:
+the robust pass reads a perturbed copy, so that the weights after a step are bitwise those before it, whatever happens
+in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam_repro.optim.combine import COMBINATIONS, ratio
-from sam_repro.optim.perturb import PERTURBATIONS, Tensors, inner, squared_norm
+from sam_repro.optim.combine import COMBINATIONS, THREE_PASSES, Coefficient, ratio
+from sam_repro.optim.perturb import Perturbation, Tensors, build_perturbation, inner, squared_norm
 
 # Mean loss of some images: objective(params | buffers, *batch) -> 0-d tensor.
 Objective = Callable[..., Tensor]
@@ -38,14 +40,21 @@ class GradientStep:
     would have left: the reference's average over devices. When `stochastic`, both passes draw the same dropout
     masks, from a generator seeded by the caller's `seed` and the group's global number.
 
+    What a perturbation remembers is fixed during a step and updated after the reduction with the mean of g over all
+    groups, so that it too is the same for any number of ranks.
+
     Args:
         objective: (params | buffers, *batch) -> mean loss of the images, a 0-d tensor. May update buffers in place.
         params: the trainable parameters by name, all of one dtype and device. Their .grad becomes a view of one
             flat buffer, which the reduction and the clipping work on.
         buffers: tensors that the objective reads and may update, such as running statistics.
-        perturb: a name in PERTURBATIONS, or "none" for the clean gradient alone.
-        combine: a name in COMBINATIONS.
+        perturb: a name in PERTURBATIONS, a perturbation, or "none" for the clean gradient alone.
+        combine: a name in COMBINATIONS or THREE_PASSES.
         alpha: the combination's weight.
+        beta: CR-SAM's second weight.
+        decoupled: leave g in .grad, and d - g to `correct_`, which subtracts it from the weights without the base
+            optimizer: WSAM's default form.
+        before: called with the batch before every step; renews Eigen-SAM's eigenvector. Its state is the step's.
         m: images a group; 0 takes the whole local batch.
         all_reduce: sums a flat tensor over the ranks in place; None for one rank.
         rank, world: this process among them.
@@ -61,32 +70,44 @@ class GradientStep:
         params: Mapping[str, Tensor],
         *,
         buffers: Mapping[str, Tensor] | None = None,
-        perturb: str = "none",
+        perturb: str | Perturbation = "none",
         combine: str = "robust",
         alpha: float = 0.0,
+        beta: float = 0.0,
+        decoupled: bool = False,
+        before: Callable[..., None] | None = None,
         m: int = 0,
         all_reduce: Callable[[Tensor], None] | None = None,
         rank: int = 0,
         world: int = 1,
         stochastic: bool = False,
     ):
-        if perturb != "none" and perturb not in PERTURBATIONS:
-            raise ValueError(f"unknown perturbation '{perturb}': none, {', '.join(PERTURBATIONS)}")
-        if combine not in COMBINATIONS:
-            raise ValueError(f"unknown combination '{combine}': {', '.join(COMBINATIONS)}")
+        if isinstance(perturb, str):
+            perturb = build_perturbation(perturb) if perturb != "none" else None  # pyright: ignore[reportAssignmentType]
+        if combine not in COMBINATIONS | THREE_PASSES:
+            raise ValueError(f"unknown combination '{combine}': {', '.join(COMBINATIONS | THREE_PASSES)}")
         self.objective = objective
         self.names = list(params)
         self.params = [params[name] for name in self.names]
         self.buffers = dict(buffers or {})
-        self.perturb = None if perturb == "none" else PERTURBATIONS[perturb]
-        self.combine, self.alpha, self.m = COMBINATIONS[combine], alpha, m
+        self.perturb: Perturbation | None = perturb  # pyright: ignore[reportAttributeAccessIssue]
+        self.combine: Any = (COMBINATIONS | THREE_PASSES)[combine]
+        self.three_passes = combine in THREE_PASSES
+        self.alpha, self.beta, self.decoupled, self.before, self.m = alpha, beta, decoupled, before, m
         self.all_reduce, self.rank, self.world, self.stochastic = all_reduce, rank, world, stochastic
+        self.robust = self.perturb is not None  # whether the next step has a robust pass
 
-        # One buffer for gradient and metrics, so that one reduction carries both.
+        # One buffer for gradient and metrics, so that one reduction carries both; a second gradient behind them where
+        # the method needs the mean of g beside the mean of d (or, decoupled, the mean of d - g beside that of g).
         sizes = [p.numel() for p in self.params]
-        self.flat = self.params[0].new_zeros(sum(sizes) + len(METRICS))
-        self.gradient, self.metrics = self.flat.split([sum(sizes), len(METRICS)])
-        self.views = [v.view_as(p) for v, p in zip(self.gradient.split(sizes), self.params, strict=True)]
+        self.keep_clean = not decoupled and self._wants_clean()
+        second = sum(sizes) if decoupled or self.keep_clean else 0
+        self.flat = self.params[0].new_zeros(sum(sizes) + len(METRICS) + second)
+        self.gradient, self.metrics, self.second = self.flat.split([sum(sizes), len(METRICS), second])
+        self.views, self.second_views = (
+            [v.view_as(p) for v, p in zip(flat.split(sizes), self.params, strict=True)] if len(flat) else []
+            for flat in (self.gradient, self.second)
+        )
 
     def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
         """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
@@ -95,6 +116,8 @@ class GradientStep:
         if size % m:
             raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
         groups = size // m
+        if self.before is not None:
+            self.before(*batch)
         self.flat.zero_()
         after = [torch.zeros_like(b) for b in self.buffers.values()]
         for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
@@ -106,6 +129,7 @@ class GradientStep:
             b.copy_(total / groups if b.is_floating_point() else total // groups)
         if self.all_reduce is not None:
             self.all_reduce(self.flat)
+        self._after_reduction()
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         return self.metrics
@@ -116,31 +140,93 @@ class GradientStep:
         self.gradient.mul_(torch.clamp(max_norm / norm, max=1.0).nan_to_num(1.0))
         return norm
 
+    @torch.no_grad()
+    def correct_(self, lr: float) -> None:
+        """After the base optimizer's step: w <- w - lr (d - g) where the method is decoupled, nothing elsewhere."""
+        if self.decoupled:
+            torch._foreach_add_(self.params, self.second_views, alpha=-lr)
+
+    def report(self, seconds: float) -> dict[str, float]:
+        """What `before` says of its costs, as a share of `seconds`; nothing for most methods."""
+        return self.before.report(seconds) if hasattr(self.before, "report") else {}  # pyright: ignore
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between steps; empty for most."""
+        return {name: part.state_dict() for name, part in self._stateful().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict()."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"perturb": self.perturb, "before": self.before}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _wants_clean(self) -> bool:
+        """Whether the mean of g is wanted after a step with a robust pass."""
+        return hasattr(self.perturb, "update")
+
+    def _after_reduction(self) -> None:
+        """The perturbation's memory, from the mean of g."""
+        if hasattr(self.perturb, "update"):
+            clean = self.second_views if self.keep_clean and self.robust else self.views
+            self.perturb.update(clean)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
+
     def _add_group(self, batch: tuple, buffers: dict[str, Tensor], rho: float, seed: int, weight: float) -> None:
         """Add weight * (direction, metrics) of one group to the flat buffer; `buffers` are updated in place."""
         loss, g = self._grad(self.params, buffers, batch, seed)
         gg = squared_norm(g)
-        if self.perturb is None:
+        if self.keep_clean and self.robust:
+            torch._foreach_add_(self.second_views, g, alpha=weight)
+        if not self.robust:
             torch._foreach_add_(self.views, g, alpha=weight)
             zero = torch.zeros_like(loss)
             self.metrics.add_(torch.stack([loss, loss, zero, zero + 1, gg.sqrt(), gg.sqrt()]), alpha=weight)
             return
 
-        adversary = self.perturb(self.params, g, rho)
+        adversary = self._perturbation(g, rho, seed)
+        mirror = torch._foreach_sub(self.params, adversary) if self.three_passes else None
         torch._foreach_add_(adversary, self.params)
-        throwaway = {name: b.clone() for name, b in buffers.items()}
-        loss_p, g_p = self._grad(adversary, throwaway, batch, seed)
+        loss_p, g_p = self._throwaway_grad(adversary, buffers, batch, seed)
         del adversary
         ggp, gpgp = inner(g, g_p), squared_norm(g_p)
-        for coefficient, gradient in zip(self.combine(gg, ggp, gpgp, self.alpha), (g, g_p), strict=True):
+        if mirror is None:
+            gradients, coefficients = [g, g_p], self.combine(gg, ggp, gpgp, self.alpha)
+        else:
+            _, g_m = self._throwaway_grad(list(mirror), buffers, batch, seed)
+            gradients, coefficients = [g, g_p, g_m], self.combine(self.alpha, self.beta)
+        self._add_direction(gradients, list(coefficients), weight)
+        cosine = ratio(ggp, (gg * gpgp).sqrt())
+        report = [loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()]
+        self.metrics.add_(torch.stack(report), alpha=weight)
+
+    def _perturbation(self, g: Tensors, rho: float, seed: int) -> Tensors:
+        """eps of one group: new tensors."""
+        perturb: Any = self.perturb
+        if hasattr(perturb, "reseed"):
+            perturb.reseed(seed)
+        return getattr(perturb, "look", perturb)(self.params, g, rho)
+
+    def _add_direction(self, gradients: list[Tensors], coefficients: list[Coefficient], weight: float) -> None:
+        """Add weight * sum of coefficient * gradient; destroys the gradients."""
+        views = self.views
+        if self.decoupled:
+            torch._foreach_add_(self.views, gradients[0], alpha=weight)
+            coefficients[0] = coefficients[0] - 1
+            views = self.second_views
+        for coefficient, gradient in zip(coefficients, gradients, strict=True):
             if isinstance(coefficient, Tensor):
                 torch._foreach_mul_(gradient, coefficient)
                 coefficient = 1.0
             if coefficient:
-                torch._foreach_add_(self.views, gradient, alpha=coefficient * weight)
-        cosine = ratio(ggp, (gg * gpgp).sqrt())
-        report = [loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()]
-        self.metrics.add_(torch.stack(report), alpha=weight)
+                torch._foreach_add_(views, gradient, alpha=coefficient * weight)
+
+    def _throwaway_grad(
+        self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int
+    ) -> tuple[Tensor, Tensors]:
+        """Loss and gradient at other weights; the buffers stay as the clean pass left them."""
+        return self._grad(params, {name: b.clone() for name, b in buffers.items()}, batch, seed)
 
     def _grad(self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int) -> tuple[Tensor, Tensors]:
         """Loss and gradient at `params`; zeros for parameters that the loss does not reach."""
