@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sam_repro.config_optim import WORDS, OptimConfig, check_method
 from sam_repro.errors import UserError
 
 
@@ -50,36 +51,20 @@ class RecipeConfig:
     epochs: float = 300  # passes over the training split
     steps: int | None = None  # overrides epochs
     batch_size: int = 4096  # global: all ranks together
-    base: str = "adamw"  # adamw | sgd
+    base: str = "adamw"  # adamw | sgd | adam | adabelief | a class of torch.optim, such as NAdam
     lr: float = 3e-3  # the peak, reached at the end of the warm-up
     lr_min_ratio: float = 0.01  # the last learning rate over the peak
     warmup_steps: int = 10_000  # linear from 0
     schedule: str = "linear"  # linear | cosine | constant, after the warm-up
-    weight_decay: float = 0.3  # AdamW: decoupled, times lr; SGD: coupled L2
+    weight_decay: float = 0.3  # AdamW, AdaBelief: decoupled, times lr; SGD, Adam: coupled L2
     decay: str = "kernels"  # kernels (no bias, norm, position embedding) | all
     momentum: float = 0.9  # SGD
     nesterov: bool = False  # SGD
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW
-    eps: float = 1e-8  # AdamW
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW, Adam, AdaBelief
+    eps: float = 1e-8  # AdamW, Adam; AdaBelief: its authors' ImageNet value (1e-16 is their library's; D-28)
     clip: float = 1.0  # global norm of the averaged gradient, before the base optimizer; 0 is off
     loss: str = "sigmoid"  # sigmoid: sum over classes of binary cross-entropies | softmax
     label_smoothing: float = 0.0  # softmax only
-
-
-@dataclass
-class OptimConfig:
-    """The gradient method: a perturbation (where to look) and a combination (what to descend)."""
-
-    name: str = MISSING  # of its YAML file, and of its rows in tables
-    perturb: str = "none"  # none | sam
-    combine: str = "robust"  # robust (SAM) | ascent (GSAM)
-    rho_max: float = 0.0  # radius of the perturbation at the peak learning rate
-    rho_min: float = 0.0  # radius at the smallest learning rate
-    alpha: float = 0.0  # weight of the ascent step
-    rho_schedule: str = "lr"  # lr: tied to the learning rate (Algorithm 1) | constant: rho_max throughout
-    faithful_rho: bool = False  # let rho go negative in the warm-up, as the reference does (D-05)
-    m: int = 64  # images that share one perturbation: the reference's batch per device (D-01)
-    groups: str = "auto"  # on a GPU: groups one after the other (loop) or all at once (batched) | auto
 
 
 @dataclass
@@ -291,12 +276,9 @@ def validate(cfg: Config) -> None:
     Raises UserError with one sentence that names the key and what it may be.
     """
     words = {
-        "recipe.base": ("adamw", "sgd"),
         "recipe.schedule": ("linear", "cosine", "constant"),
         "recipe.decay": ("kernels", "all"),
         "recipe.loss": ("sigmoid", "softmax"),
-        "optim.groups": ("auto", "loop", "batched"),
-        "optim.rho_schedule": ("lr", "constant"),
         "augment.crop": ("inception", "pad", "none"),
         "data.backend": ("auto", "ffcv", "torch"),
         "data.interpolation": ("area", "bilinear", "bicubic"),
@@ -304,12 +286,13 @@ def validate(cfg: Config) -> None:
         "train.dtype": ("auto", "bf16", "fp32"),
         "log.wandb": ("auto", "online", "offline", "disabled"),
         "log.progress": ("auto", "bar", "lines"),
+        **{f"optim.{key}": allowed for key, allowed in WORDS.items()},
     }
     positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
     positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every")
-    not_negative = ("optim.rho_max", "optim.rho_min", "recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
+    not_negative = ("recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
     not_negative += ("augment.mixup", "augment.randaugment", "data.finetune_warmup")
-    not_negative += ("optim.m", "data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
+    not_negative += ("data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
     for key, allowed in words.items():
         value = lookup(cfg, key)
         if value not in allowed:
@@ -320,12 +303,7 @@ def validate(cfg: Config) -> None:
     for key in not_negative:
         if not 0 <= lookup(cfg, key) < float("inf"):
             raise UserError(f"{key}={lookup(cfg, key)} must be a finite number, 0 or greater")
-    if not -float("inf") < cfg.optim.alpha < float("inf"):
-        raise UserError(f"optim.alpha={cfg.optim.alpha} must be a finite number")
-    if cfg.optim.perturb != "none" and cfg.optim.m == 0:
-        raise UserError("optim.m=0 is not a group size; give the number of images that share one perturbation")
-    if cfg.optim.rho_min > cfg.optim.rho_max:
-        raise UserError(f"optim.rho_min={cfg.optim.rho_min} is greater than optim.rho_max={cfg.optim.rho_max}")
+    check_method(cfg.optim)
     if not 0 < cfg.recipe.lr_min_ratio <= 1:
         raise UserError(f"recipe.lr_min_ratio={cfg.recipe.lr_min_ratio} must lie in (0, 1]")
     if not 0 < cfg.data.train_fraction <= 1:

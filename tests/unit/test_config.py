@@ -60,13 +60,14 @@ def test_every_file_composes(group):
 
 def test_every_field_is_documented():
     """A field without a comment beside it is a field nobody can use."""
-    source = (ROOT / "sam_repro/config.py").read_text()
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "Config":
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign):
-                    assert "#" in lines[item.end_lineno - 1], f"{node.name}.{ast.unparse(item.target)}"
+    for file in ("config.py", "config_optim.py"):
+        source = (ROOT / "sam_repro" / file).read_text()
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "Config":
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign):
+                        assert "#" in lines[item.end_lineno - 1], f"{node.name}.{ast.unparse(item.target)}"
 
 
 def test_run_id_is_what_and_not_where():
