@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_repro.config import Config
+from sam_repro.config_optim import OptimConfig
 from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
 from sam_repro.models import PatchLinear
-from sam_repro.optim import GradientStep
+from sam_repro.optim import COMBINATIONS, EntropySGD, EveryK, GradientStep, PowerIteration, build_perturbation
 from sam_repro.optim.grouped import accept_groups, spread_loose
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's statistics, by name
@@ -49,8 +51,10 @@ def loss_of(cfg: Config) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda z, y: (F.softplus(z).sum(1) - z.gather(1, y[:, None]).squeeze(1)).mean()
 
 
-def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: int, bf16: bool) -> GradientStep:
-    """The engine for this model and method."""
+def gradient_step(
+    cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: int, bf16: bool, steps_per_epoch: int = 0
+) -> GradientStep:
+    """The engine for this model and method. `steps_per_epoch` is for Eigen-SAM's faithful release only."""
     forward, loss = forward_of(cfg, model, ranks.device, bf16=bf16), loss_of(cfg)
 
     def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -58,22 +62,29 @@ def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: i
 
     buffers = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[-1] in RUNNING}
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    m = cfg.optim.m
-    if cfg.optim.perturb == "none" and not buffers:  # the mean gradient does not depend on the groups
-        m = max(d for d in range(1, min(local_batch, VANILLA_GROUP) + 1) if local_batch % d == 0)
+    o, m, part = cfg.optim, cfg.optim.m, local_batch
+    if o.kind == "entropy_sgd":
+        part, rest = divmod(local_batch, o.inner_parts)
+        if rest:
+            raise UserError(f"optim.inner_parts={o.inner_parts} does not divide the batch of {local_batch} a process")
+    if o.perturb == "none" and not buffers:  # the mean gradient does not depend on the groups
+        m = max(d for d in range(1, min(part, VANILLA_GROUP) + 1) if part % d == 0)
+    if o.kind == "entropy_sgd" and part % (m or part):
+        raise UserError(f"optim.m={m} does not divide the {part} images of an inner step")
     stochastic = any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules())
     compiled = ranks.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
-    method = {
-        "buffers": buffers,
-        "perturb": cfg.optim.perturb,
-        "combine": cfg.optim.combine,
-        "alpha": cfg.optim.alpha,
-        "m": m,
-        "all_reduce": ranks.sum_ if ranks.world > 1 else None,
-        "rank": ranks.rank,
-        "world": ranks.world,
-    }
-    if ranks.device.type == "cuda" and cfg.optim.perturb in FUSED and not stochastic:
+    peers = {"all_reduce": ranks.sum_ if ranks.world > 1 else None, "rank": ranks.rank, "world": ranks.world}
+    if o.kind == "entropy_sgd":
+        if compiled:
+            objective = torch.compile(objective, dynamic=False)
+        return EntropySGD(
+            objective, params, buffers=buffers, m=m, stochastic=stochastic,
+            steps=o.inner_steps, parts=o.inner_parts, lr=o.inner_lr, momentum=o.inner_momentum, noise=o.inner_noise,
+            average=o.inner_average, gamma=o.gamma, scoping=o.scoping, **peers,
+        )  # fmt: skip
+    method: dict[str, Any] = {"buffers": buffers, "perturb": o.perturb, "combine": o.combine, "alpha": o.alpha, "m": m}
+    method |= peers
+    if ranks.device.type == "cuda" and is_fused(o) and not stochastic:
         from sam_repro.optim.fused import FusedStep  # imports Triton, which only a GPU's torch has
 
         products = torch.bfloat16 if bf16 else torch.float32
@@ -82,10 +93,43 @@ def gradient_step(cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: i
         return FusedStep(objective, params, groups=groups, products=products, compile=compiled, **method)
     if compiled:
         objective = torch.compile(objective, dynamic=False)
-    return GradientStep(objective, params, stochastic=stochastic, **method)
+    method |= {"beta": o.beta, "decoupled": o.decoupled, "stochastic": stochastic}
+    if o.perturb != "none":
+        method["perturb"] = perturbation = build_perturbation(
+            o.perturb, eta=o.eta, scaled=["weight" in n for n in params] if o.weights_only else None,
+            sigma=o.sigma, lam=o.lam, theta=o.theta, alpha=o.alpha if o.eigen_alpha is None else o.eigen_alpha,
+            renormalise=o.renormalise, faithful=o.faithful_release,
+        )  # fmt: skip
+    if o.perturb == "eigen":
+        method["before"] = PowerIteration(
+            perturbation, curved_objective(cfg, model, ranks), params, buffers=buffers,
+            every=o.k, iterations=o.p, images=o.eigen_images, m=m, seed=cfg.seed,
+            per_epoch=steps_per_epoch if o.faithful_release else 0, **peers,
+        )  # fmt: skip
+    if o.every > 1:
+        return EveryK(objective, params, every=o.every, reuse=o.reuse, **method)
+    return GradientStep(objective, params, **method)
 
 
-FUSED = ("none", "sam")  # perturbations that optim/fused.py knows
+def is_fused(o: OptimConfig) -> bool:
+    """Whether optim/fused.py knows the method: two passes of SAM or one, in every step, all through the base."""
+    plain = o.every == 1 and not o.decoupled and o.combine in COMBINATIONS
+    return plain and o.perturb in ("none", "sam")
+
+
+def curved_objective(cfg: Config, model: nn.Module, ranks: Ranks) -> Callable[..., Tensor]:
+    """The objective for products with its Hessian: full precision, not compiled, in optim.eigen_mode."""
+    forward, loss = forward_of(cfg, model, ranks.device, bf16=False), loss_of(cfg)
+
+    def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        training = model.training
+        model.train(cfg.optim.eigen_mode == "train")
+        try:
+            return loss(forward(tensors, images), labels)
+        finally:
+            model.train(training)
+
+    return objective
 
 
 def group_strategy(

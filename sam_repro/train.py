@@ -29,7 +29,7 @@ from sam_repro.lock import RunLock
 from sam_repro.log import RunLog, clock, read_log
 from sam_repro.models import build_model
 from sam_repro.objective import average_buffers, forward_of, gradient_step
-from sam_repro.optim import METRICS, build_base, decay_groups, lr_at, rho_at
+from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups, lr_at, rho_at
 from sam_repro.signals import Interrupted, StopSignal
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
@@ -78,16 +78,21 @@ def main(cfg: Config) -> ledger.Row:
         ).to(ranks.device)
         if cfg.model.family == "resnet" and ranks.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)  # the layout that tensor cores convolve in
-        step = gradient_step(cfg, model, ranks, local_batch=local_batch, bf16=bf16)
-        base = build_base(
-            cfg.recipe.base,
-            decay_groups(model.named_parameters(), cfg.recipe.weight_decay, decay=cfg.recipe.decay),
-            lr=cfg.recipe.lr,
-            momentum=cfg.recipe.momentum,
-            nesterov=cfg.recipe.nesterov,
-            betas=(cfg.recipe.betas[0], cfg.recipe.betas[1]),
-            eps=cfg.recipe.eps,
-        )
+        step = gradient_step(cfg, model, ranks, local_batch=local_batch, steps_per_epoch=steps_per_epoch, bf16=bf16)
+        if isinstance(step.before, PowerIteration) and cfg.optim.eigen_images == "fixed":
+            step.before.fix(*(t.clone() for t in next(iter(train_loader.epoch(0, 0)))))
+        try:
+            base = build_base(
+                cfg.recipe.base,
+                decay_groups(model.named_parameters(), cfg.recipe.weight_decay, decay=cfg.recipe.decay),
+                lr=cfg.recipe.lr,
+                momentum=cfg.recipe.momentum,
+                nesterov=cfg.recipe.nesterov,
+                betas=(cfg.recipe.betas[0], cfg.recipe.betas[1]),
+                eps=cfg.recipe.eps,
+            )
+        except ValueError as error:
+            raise UserError(f"recipe.base: {error}") from None
 
         # ---- resume ----------------------------------------------------------------------------------------------
         done, seconds = 0, 0.0
@@ -96,6 +101,7 @@ def main(cfg: Config) -> ledger.Row:
         if state is not None:
             model.load_state_dict(state["model"])
             base.load_state_dict(state["base"])
+            step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
         for sentence in damaged:
@@ -110,8 +116,8 @@ def main(cfg: Config) -> ledger.Row:
         def save(score: float | None = None) -> None:
             """Save everything that step `done` + 1 depends on; rank 0 writes."""
             average_buffers(model, ranks)
-            state = {"model": model.state_dict(), "base": base.state_dict(), "step": done}
-            state |= {"seconds": seconds, "totals": totals, "counted": counted}
+            state = {"model": model.state_dict(), "base": base.state_dict(), "method": step.state_dict()}
+            state |= {"step": done, "seconds": seconds, "totals": totals, "counted": counted}
             if ranks.main:
                 checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)
 
@@ -142,6 +148,7 @@ def main(cfg: Config) -> ledger.Row:
             if cfg.recipe.clip:
                 step.clip_(cfg.recipe.clip)
             base.step()
+            step.correct_(lr)
             done, counted = done + 1, counted + 1
             log.step()
 
@@ -162,6 +169,7 @@ def main(cfg: Config) -> ledger.Row:
                 log.record(
                     {"step": done, "epoch": done / steps_per_epoch, **means, "lr": lr, "rho": rho}
                     | rates(interval, counted, total - done, cfg.recipe.batch_size, seconds, ranks.world)
+                    | step.report(seconds)
                 )
                 totals, counted, interval = torch.zeros_like(totals), 0, 0.0
             if status == "diverged":

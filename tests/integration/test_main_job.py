@@ -19,8 +19,11 @@ from sam_repro.train import main
 MODELS = [name for name in choices("model") if name != "vit_digits"]
 
 
-@pytest.mark.parametrize("optim", choices("optim"))
-@pytest.mark.parametrize("model", MODELS)
+PAIRS = [(m, o) for m in MODELS for o in ("vanilla", "sam", "gsam")]
+PAIRS += [(m, o) for m in ("vit_s32", "resnet50", "mixer_s32") for o in choices("optim") if (m, o) not in PAIRS]
+
+
+@pytest.mark.parametrize(("model", "optim"), PAIRS)
 def test_every_model_runs_with_every_method(model, optim, tmp_path):
     """In this process, for speed; the other tests of this file start the real command."""
     folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]

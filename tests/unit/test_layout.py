@@ -24,7 +24,7 @@ ALLOWED = {
     "signals": set(),
     "log": {"config"},
     "ledger": {"errors"},
-    "objective": {"config", "distributed", "errors", "models", "optim"},
+    "objective": {"config", "config_optim", "distributed", "errors", "models", "optim"},
     "evaluate": {"config", "data", "distributed"},
 }
 NO_TORCH = {"errors", "config", "config_optim", "ledger", "cli", "paper", "signals", "lock", "log"}
