@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sam_repro.config import DataConfig
 from sam_repro.data import Loader, build_set_loader
-from sam_repro.data.evalsets import EvalSet, canonical, open_set, parts, summary_of_c
+from sam_repro.data.evalsets import EvalSet, canonical, open_set, parts, require, summary_of_c
 from sam_repro.distributed import Ranks
 
 Logits = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) -> logits (B, classes), in evaluation mode
@@ -61,14 +61,11 @@ def evaluate_sets(
 ) -> dict[str, dict[str, Any]]:
     """{set: {"correct", "total"}} for the named sets of data/evalsets.py; c has its details besides.
 
-    The first part of every set is opened before any is evaluated, so that what is missing is known at once.
-
     Raises:
         UserError: for a name that does not exist, or images that are missing.
     """
     names = canonical(names)
-    for name in names:
-        open_set(data, parts(name)[0]).source.close()
+    require(data, names)
     counts = {}
     for name in names:
         of_parts = {p: count_set(logits_of, open_set(data, p), ranks, progress=progress) for p in parts(name)}

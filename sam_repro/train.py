@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hydra
 import numpy as np
@@ -22,15 +21,17 @@ from torch import Tensor
 from sam_repro import checkpoint, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
 from sam_repro.data import Loader, build_loader, resolve_backend
+from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import Ranks, init_ranks
 from sam_repro.errors import UserError
-from sam_repro.evaluate import count_correct
+from sam_repro.evaluate import count_correct, evaluate_sets
 from sam_repro.lock import RunLock
-from sam_repro.log import RunLog, clock, read_log
+from sam_repro.log import RunLog, read_log
 from sam_repro.models import build_model
 from sam_repro.objective import average_buffers, forward_of, gradient_step
 from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups, lr_at, rho_at
 from sam_repro.signals import Interrupted, StopSignal
+from sam_repro.summary import curves, rates, report
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
 
@@ -65,6 +66,7 @@ def main(cfg: Config) -> ledger.Row:
         splits = ["minival", "val"] if cfg.data.train_fraction < 1 else ["val"]
         eval_loaders = {s: loader_of(s, training=False, batch_size=cfg.data.eval_batch_size) for s in splits}
         loaders = [train_loader, *eval_loaders.values()]
+        test_sets = require(cfg.data, [name for name in canonical(cfg.data.eval_sets) if name != "val"])
         steps_per_epoch = len(train_loader)
         if steps_per_epoch == 0:
             raise UserError(
@@ -187,6 +189,11 @@ def main(cfg: Config) -> ledger.Row:
                 log.say(f"stopped at step {done} of {total} and saved; the same command goes on from there")
                 log.close()
                 raise Interrupted(128 + (stop.received or signal.SIGTERM))
+
+        # ---- test sets -------------------------------------------------------------------------------------------
+        if status == "done" and test_sets:
+            forward = forward_of(cfg, model.eval(), ranks.device, bf16=bf16)
+            counts |= evaluate_sets(lambda x: forward({}, x), cfg.data, test_sets, ranks)
 
         # ---- ledger ----------------------------------------------------------------------------------------------
         log.close()
@@ -322,35 +329,9 @@ def batches(loader: Loader, done: int, total: int) -> Iterator[tuple[Tensor, Ten
                 return
 
 
-def rates(interval: float, counted: int, left: int, batch: int, seconds: float, world: int) -> dict[str, float]:
-    """Speed over the last interval, time left, and processor-hours so far."""
-    per_step = interval / counted
-    return {
-        "images_per_second": batch / per_step,
-        "step_seconds": per_step,
-        "eta": per_step * left,
-        "hours": seconds * world / 3600,
-    }
-
-
 def hardware(ranks: Ranks) -> str:
     """The processor that does the arithmetic."""
     return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU {ledger.cpu_name()}"
-
-
-def curves(records: list[dict[str, Any]], most: int = 200) -> dict[str, Any]:
-    """The log thinned to at most `most` training points; all evaluations."""
-    training = [r for r in records if "eval" not in r]
-    kept = training[:: max(1, -(-len(training) // most))]
-    keys = ("step", *METRICS, "lr", "rho", "step_seconds")
-    evals = [{k: r[k] for k in ("step", "eval", "correct", "total")} for r in records if "eval" in r]
-    return {"train": {k: [r[k] for r in kept] for k in keys}, "eval": evals}
-
-
-def report(row: ledger.Row, path: Path) -> str:
-    """The last line a person reads."""
-    scores = ", ".join(f"{s} {100 * c['correct'] / c['total']:.2f} %" for s, c in row["evals"].items())
-    return f"{row['run_id']} {row['status']}: {scores or 'no evaluation'} after {clock(3600 * row['hours'])}; {path}"
 
 
 def overrides() -> list[str]:

@@ -2,8 +2,9 @@
 
 Layout (little-endian): header (24 bytes), one descriptor a field (1,041 bytes), one metadata row a sample (24 bytes),
 zeros up to a page, pages of data, allocation table (24 bytes a sample). No sample crosses a page, which is what
-FFCV's own page reader needs. Our files have the fields `image` (RGBImageField, always JPEG) and `label` (IntField),
-and FFCV's Loader reads them. FFCV believes whatever a file says and crashes, hangs or returns garbage when it is
+FFCV's own page reader needs. Our files have the fields `image` (RGBImageField, JPEG or raw pixels) and `label`
+(IntField), and FFCV's Loader reads them. Each sample is followed by the CRC-32 of its bytes, which decoders never look
+at and `BetonFile.sample` checks. FFCV believes whatever a file says and crashes, hangs or returns garbage when it is
 damaged, so everything is checked here before FFCV sees it.
 """
 
@@ -13,6 +14,7 @@ import errno
 import hashlib
 import os
 import socket
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,8 @@ FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 SAMPLE = np.dtype({"names": ["image", "label"], "formats": [IMAGE, "<i8"], "offsets": [0, 16], "itemsize": 24})
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-INT_TYPE, IMAGE_TYPE, JPEG_MODE = 1, 2, 0
+INT_TYPE, IMAGE_TYPE, JPEG_MODE, RAW_MODE = 1, 2, 0, 1
+CRC = 4  # bytes after each sample: zlib.crc32, little-endian
 FIELDS = ((IMAGE_TYPE, b"image"), (INT_TYPE, b"label"))
 METADATA_AT = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
@@ -41,7 +44,7 @@ METADATA_AT = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 class BetonFile:
     """An opened and checked file. Arrays have one element a sample.
 
-    Reading uses pread, so that any number of threads may call `jpeg`; a file of any size needs no memory.
+    Reading uses pread, so that any number of threads may call `sample`; a file of any size needs no memory.
     """
 
     path: Path
@@ -49,19 +52,25 @@ class BetonFile:
     labels: np.ndarray  # int64
     heights: np.ndarray  # int64, pixels
     widths: np.ndarray  # int64, pixels
-    pointers: np.ndarray  # int64, byte at which the JPEG starts
-    sizes: np.ndarray  # int64, bytes of the JPEG
+    pointers: np.ndarray  # int64, byte at which the sample starts
+    sizes: np.ndarray  # int64, bytes of the JPEG or of the pixels
+    raw: np.ndarray  # bool: pixels, uint8 [height, width, 3], instead of a JPEG
     table_sha256: str  # of header, metadata and allocation table: all but the pixels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def jpeg(self, index: int) -> bytes:
-        """The JPEG stream of one sample."""
-        return os.pread(self.descriptor, int(self.sizes[index]), int(self.pointers[index]))
+    def sample(self, index: int) -> bytes:
+        """The JPEG stream, or the raw pixels, of one sample. Raises UserError when its checksum does not fit."""
+        size = int(self.sizes[index])
+        stored = os.pread(self.descriptor, size + CRC, int(self.pointers[index]))
+        data, crc = stored[:size], stored[size:]
+        if len(crc) != CRC or zlib.crc32(data) != int.from_bytes(crc, "little"):
+            raise UserError(f"sample {index} of {self.path} is damaged: its checksum differs; write the data again")
+        return data
 
     def close(self) -> None:
-        """Close the file; `jpeg` no longer works."""
+        """Close the file; `sample` no longer works."""
         os.close(self.descriptor)
 
     @classmethod
@@ -112,21 +121,24 @@ class BetonFile:
             np.array_equal(allocations["sample"], np.arange(samples, dtype=np.uint64))
             and np.array_equal(allocations["pointer"], image["pointer"])
             and pointer.min() >= first
-            and size.min() > 4
+            and size.min() > CRC
             and size.max() <= page
             and (pointer + size).max() <= table
+            and image["mode"].max() <= RAW_MODE
             and np.array_equal(pointer // page, (pointer + size - 1) // page)
         )
         if not sound:
             raise UserError(f"{path} is damaged: its allocation table does not fit its samples")
-        if image["mode"].any():
-            raise UserError(f"{path} holds raw pixels; this project reads JPEG .beton files (`sam-repro write`)")
+        size = size - CRC
+        raw = image["mode"] == RAW_MODE
+        if not np.array_equal(size[raw], 3 * image["height"].astype(np.int64)[raw] * image["width"][raw]):
+            raise UserError(f"{path} is damaged, or not of `sam-repro write`: raw pixels do not fit their size")
         if min(image["height"].min(), image["width"].min()) < MIN_SIDE:
             raise UserError(f"{path} is damaged or unusable: an image is smaller than {MIN_SIDE} pixels")
         if metadata["label"].min() < 0:
             raise UserError(f"{path} is damaged: a label is negative")
         for index in np.linspace(0, samples - 1, min(samples, CHECKED_STARTS)).astype(int):
-            if os.pread(descriptor, 2, int(pointer[index])) != b"\xff\xd8":
+            if not raw[index] and os.pread(descriptor, 2, int(pointer[index])) != b"\xff\xd8":
                 raise UserError(f"{path} is damaged: sample {index} is not a JPEG")
         return cls(
             path=path,
@@ -136,6 +148,7 @@ class BetonFile:
             widths=image["width"].astype(np.int64),
             pointers=pointer,
             sizes=size,
+            raw=raw,
             table_sha256=hashlib.sha256(head + raw_metadata + raw_table).hexdigest(),
         )
 
@@ -151,8 +164,11 @@ def _read(descriptor: int, start: int, count: int) -> bytes:
     return b"".join(parts)
 
 
-def write_beton(path: str | Path, samples: Iterable[tuple[bytes, int, int, int]], *, capacity: int) -> int:
-    """Write (jpeg, height, width, label) samples to `path` and return their number.
+Sample = tuple[bytes, int, int, int, bool]  # (JPEG or pixels, height, width, label, whether it is pixels)
+
+
+def write_beton(path: str | Path, samples: Iterable[Sample], *, capacity: int) -> int:
+    """Write samples to `path` and return their number.
 
     The file appears under its name only when it is complete and on the disk; the iterator is consumed as it is
     written, so memory does not grow with it.
@@ -180,25 +196,26 @@ def write_beton(path: str | Path, samples: Iterable[tuple[bytes, int, int, int]]
         temporary.unlink(missing_ok=True)
 
 
-def _write(file, samples: Iterable[tuple[bytes, int, int, int]], capacity: int) -> int:
+def _write(file, samples: Iterable[Sample], capacity: int) -> int:
     metadata = np.zeros(capacity, SAMPLE)
     allocations = np.zeros(capacity, ALLOCATION)
     position = -(-(METADATA_AT + metadata.nbytes) // PAGE) * PAGE
     file.seek(position)
     count = 0
-    for jpeg, height, width, label in samples:
+    for data, height, width, label, raw in samples:
         if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
             raise UserError(f"sample {count} is {width}x{height} pixels; sides must be {MIN_SIDE} to {MAX_SIDE}")
-        if len(jpeg) > PAGE:
-            raise UserError(f"sample {count} has {len(jpeg)} bytes; a .beton page holds {PAGE}")
+        stored = data + zlib.crc32(data).to_bytes(CRC, "little")
+        if len(stored) > PAGE:
+            raise UserError(f"sample {count} has {len(data)} bytes; a .beton page holds {PAGE - CRC}")
         left = PAGE - position % PAGE
-        if len(jpeg) > left:
+        if len(stored) > left:
             file.write(bytes(left))
             position += left
-        file.write(jpeg)
-        metadata[count] = ((JPEG_MODE, width, height, position), label)
-        allocations[count] = (count, position, len(jpeg))
-        position += len(jpeg)
+        file.write(stored)
+        metadata[count] = ((RAW_MODE if raw else JPEG_MODE, width, height, position), label)
+        allocations[count] = (count, position, len(stored))
+        position += len(stored)
         count += 1
     if count == 0:
         raise UserError("there is no sample to write")

@@ -19,7 +19,15 @@ from PIL import Image
 
 from sam_repro.config import DataConfig
 from sam_repro.data.beton import BetonFile, write_beton
-from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, read_files, write_manifest
+from sam_repro.data.manifest import (
+    TOOL,
+    check_manifest,
+    manifest_hash,
+    manifest_path,
+    read_files,
+    read_manifest,
+    write_manifest,
+)
 from sam_repro.data.order import holdout
 from sam_repro.errors import UserError
 
@@ -79,8 +87,14 @@ class BetonSource:
         return read_files(self.file.path)
 
     def read(self, index: int) -> np.ndarray:
-        """Decode one sample."""
-        return decode(self.file.jpeg(index), f"sample {index} of {self.file.path}")
+        """Decode one sample, once its checksum is shown to be right."""
+        data = self.file.sample(index)
+        if self.file.raw[index]:
+            return np.frombuffer(data, np.uint8).reshape(self.file.heights[index], self.file.widths[index], 3)
+        image = decode(data, f"sample {index} of {self.file.path}")
+        if image.shape[:2] != (self.file.heights[index], self.file.widths[index]):
+            raise UserError(f"sample {index} of {self.file.path} has other sides than the file says")
+        return image
 
     def close(self) -> None:
         """Close the file."""
@@ -162,11 +176,12 @@ def ensure(data: DataConfig) -> None:
         return
     root = root_of(data)
     paths = [root / "train.beton", root / "val.beton"]
-    if all(path.exists() and manifest_path(path).exists() for path in paths):
+    if all(path.exists() and manifest_path(path).exists() and read_manifest(path)["tool"] == TOOL for path in paths):
         return
     root.mkdir(parents=True, exist_ok=True)
     for path, (images, labels) in zip(paths, _digits(), strict=True):
-        samples = ((_jpeg(image), DIGITS_SIDE, DIGITS_SIDE, label) for image, label in zip(images, labels, strict=True))
+        encoded = ((_jpeg(image), label) for image, label in zip(images, labels, strict=True))
+        samples = ((jpeg, DIGITS_SIDE, DIGITS_SIDE, label, False) for jpeg, label in encoded)
         write_beton(path, samples, capacity=len(images))
         write_manifest(path, [str(digit) for digit in range(10)], quality=95, side=DIGITS_SIDE)
 

@@ -81,6 +81,13 @@ def parts(name: str) -> list[str]:
     return [f"c/{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in SEVERITIES]
 
 
+def require(data: DataConfig, names: list[str]) -> list[str]:
+    """Open the first part of every set, so that what is missing is known before anything takes time; the names."""
+    for name in names:
+        open_set(data, parts(name)[0]).source.close()
+    return names
+
+
 def open_set(data: DataConfig, part: str) -> EvalSet:
     """Open one part of a set (see `parts`). Raises UserError when its images are missing or not what the name says."""
     if part != "val" and data.num_classes != IMAGENET_CLASSES:

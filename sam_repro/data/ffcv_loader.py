@@ -63,7 +63,21 @@ _pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, t
 
 @njit(cache=True, nogil=True)
 def _decode_and_render(
-    memory, descriptor, buffer, scratch, pointers, sizes, heights, widths, indices, out, geometry, seed, epoch, failed
+    memory,
+    descriptor,
+    buffer,
+    scratch,
+    pointers,
+    sizes,
+    heights,
+    widths,
+    raw,
+    indices,
+    out,
+    geometry,
+    seed,
+    epoch,
+    failed,
 ):
     """Decode and render the samples `indices` into `out`; failed[k] is true where the decoder had a complaint.
 
@@ -79,6 +93,10 @@ def _decode_and_render(
             if _pread(descriptor, address, size, pointers[i]) != size:
                 failed[k] = True
                 continue
+        if raw[i]:
+            pixels = memory[pointers[i] : pointers[i] + size] if descriptor < 0 else buffer[:size]
+            render(pixels.reshape(h, w, 3), out[k], geometry, seed, epoch, i)
+            continue
         failed[k] = _imdecode(address, size, h, w, scratch.ctypes.data, h, w, 0, 0, 1, 1, 0, 0) != 0
         if not failed[k]:
             render(scratch[: 3 * h * w].reshape(h, w, 3), out[k], geometry, seed, epoch, i)
@@ -124,6 +142,7 @@ class FFCVLoader:
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.scratch = threading.local()
+        self.checked = np.zeros(len(source.file), np.bool_)
         file = source.file
         self.direct = not fits_page_cache(file.path)
         if self.direct:
@@ -186,7 +205,10 @@ class FFCVLoader:
             self.scratch.image = np.empty(3 * int((file.heights * file.widths).max()), np.uint8)
             self.scratch.jpeg = np.empty(int(file.sizes.max()), np.uint8)
         failed = np.zeros(len(indices), np.bool_)
-        tables = file.pointers, file.sizes, file.heights, file.widths
+        for index in indices[~self.checked[indices]]:  # once a sample: checksums cost as much as a tenth of decoding
+            file.sample(index)
+            self.checked[index] = True
+        tables = file.pointers, file.sizes, file.heights, file.widths, file.raw
         _decode_and_render(
             memory,
             file.descriptor if self.direct else -1,

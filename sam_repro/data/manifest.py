@@ -13,7 +13,7 @@ import numpy as np
 from sam_repro.data.beton import VERSION, BetonFile
 from sam_repro.errors import UserError
 
-TOOL = "sam_repro 1"  # changes when the same inputs would give another file
+TOOL = "sam_repro 2"  # changes when the same inputs would give another file
 
 
 def manifest_path(beton: str | Path) -> Path:
@@ -39,7 +39,7 @@ def write_manifest(
     names = "".join(f"{name}\n" for name in files or [])
     content = {
         "file": file.path.name,
-        "format": f"beton {VERSION}, jpg",
+        "format": f"beton {VERSION} with checksums",
         "tool": TOOL,
         "bytes": file.path.stat().st_size,
         "sha256": sha256(beton),
@@ -85,7 +85,7 @@ def read_manifest(beton: str | Path) -> dict[str, Any]:
         raise UserError(f"{beton} has no manifest {path.name}; write the data again with `sam-repro write`") from None
     except ValueError:
         raise UserError(f"{path} is not valid JSON") from None
-    needed = ("bytes", "sha256", "table_sha256", "samples", "classes", "counts", "files_sha256")
+    needed = ("tool", "bytes", "sha256", "table_sha256", "samples", "classes", "counts", "files_sha256")
     if not isinstance(content, dict) or any(key not in content for key in needed):
         raise UserError(f"{path} is not a manifest: it needs {', '.join(needed)}")
     return content
@@ -98,6 +98,8 @@ def check_manifest(file: BetonFile, *, full: bool = False) -> dict[str, Any]:
     Raises UserError on any difference.
     """
     content = read_manifest(file.path)
+    if content.get("tool") != TOOL:
+        raise UserError(f"{file.path} was written by another version of this project; `sam-repro write` it again")
     size = os.fstat(file.descriptor).st_size
     same = content["bytes"] == size and content["table_sha256"] == file.table_sha256
     if not same or (full and content["sha256"] != sha256(file.path)):

@@ -1,7 +1,12 @@
-"""Class folders of images to train.beton and val.beton.
+"""`sam-repro write`: a data set to train.beton and val.beton, each with a manifest.
+
+  sam-repro write imagenet --src /data/ILSVRC2012 --dst /data/imagenet     # folders, or the original tar files
+  sam-repro write pets --src /data/torchvision --dst /data/pets --download
+  sam-repro write arrays --src images.npz --dst /data/mine
 
 A JPEG that FFCV can decode and that is small enough keeps its original bytes: writing loses nothing. Larger images,
-other formats and CMYK are re-encoded. EXIF orientation is not applied, as TensorFlow's pipelines do not.
+other formats and CMYK are re-encoded; arrays keep their pixels. EXIF orientation is not applied, as TensorFlow's
+pipelines do not. The same command again does nothing, or writes what changed.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ import io
 import json
 import shutil
 import time
+from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,33 +28,55 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from sam_repro.data import inputs as layouts
+from sam_repro.data import torchvision_inputs
 from sam_repro.data.batches import worker_count
-from sam_repro.data.beton import METADATA_AT, MIN_SIDE, PAGE, BetonFile, remove_leftovers, write_beton
-from sam_repro.data.datasets import FolderSource
+from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, remove_leftovers, write_beton
+from sam_repro.data.inputs import Inputs
 from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, write_manifest
 from sam_repro.errors import UserError
 
 ESTIMATE_FILES = 64
+LAYOUTS = {
+    "imagefolder": layouts.folders,
+    "imagenet": layouts.imagenet,
+    "imagewoof": layouts.folders,
+    "imagenette": torchvision_inputs.imagenette,
+    "cifar10": torchvision_inputs.cifar10,
+    "cifar100": torchvision_inputs.cifar100,
+    "flowers": torchvision_inputs.flowers,
+    "pets": torchvision_inputs.pets,
+    "arrays": layouts.arrays,
+    "hf": layouts.huggingface,
+}
 
 
 class Encoded(NamedTuple):
     """One image as it will be stored."""
 
-    jpeg: bytes
+    data: bytes  # a JPEG, or raw pixels
     height: int  # pixels
     width: int
     reencoded: bool
+    raw: bool = False
 
 
-def encode(data: bytes, *, max_side: int, quality: int) -> Encoded:
-    """The JPEG to store for an image file's bytes: these bytes if they will do, else a re-encoded image.
+def encode(data: bytes | np.ndarray, *, max_side: int, quality: int) -> Encoded:
+    """What to store for an image file's bytes: these bytes if they will do, else a re-encoded image.
 
-    The image is decoded completely either way. Raises ValueError or OSError when that fails or it is too small.
+    Pixels (uint8 [H, W] or [H, W, 3]) are stored as they are, unless they are too large. The image is decoded
+    completely either way. Raises ValueError or OSError when that fails or it is too small.
     """
-    image = Image.open(io.BytesIO(data))
+    if isinstance(data, np.ndarray):
+        pixels = np.ascontiguousarray(data if data.ndim == 3 else np.repeat(data[..., None], 3, 2))
+        if max(pixels.shape[:2]) <= max_side and min(pixels.shape[:2]) >= MIN_SIDE:
+            return Encoded(pixels.tobytes(), *pixels.shape[:2], False, True)
+        image = Image.fromarray(pixels)
+    else:
+        image = Image.open(io.BytesIO(data))
     width, height = image.size
     fits = max(width, height) <= max_side
-    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and fits:
+    if isinstance(data, bytes) and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and fits:
         image.load()
         encoded = Encoded(data, height, width, False)
     else:
@@ -63,16 +91,51 @@ def encode(data: bytes, *, max_side: int, quality: int) -> Encoded:
         encoded = Encoded(stream.tobytes(), *pixels.shape[:2], True)
     if min(encoded.height, encoded.width) < MIN_SIDE:
         raise ValueError(f"{encoded.width}x{encoded.height} pixels are too few, a side needs {MIN_SIDE}")
-    if len(encoded.jpeg) > PAGE:
-        raise ValueError(f"its {len(encoded.jpeg)} bytes exceed {PAGE}; a smaller max_side re-encodes it")
+    if len(encoded.data) > PAGE - CRC:
+        raise ValueError(f"its {len(encoded.data)} bytes exceed {PAGE - CRC}; a smaller max_side re-encodes it")
     return encoded
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of `sam-repro write`."""
+    parser.add_argument("name", choices=sorted(LAYOUTS), help="the data set, or the layout it comes in")
+    parser.add_argument("--src", type=Path, required=True, help="folder (arrays: .npz file) to read")
+    parser.add_argument("--dst", type=Path, required=True, help="folder to write; data.root of a run")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch the data into --src first")
+    parser.add_argument("--max-side", type=int, default=500, help="pixels; larger images are shrunk (default: 500)")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of re-encoded images (default: 90)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and list them")
+    parser.add_argument("--num-classes", type=int, help="how many classes there must be")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads (default: the cores, at most 16)")
+
+
+def run(args: Namespace) -> int:
+    """Write, and say what was written; returns the exit code."""
+    manifests = write_dataset(
+        args.src,
+        args.dst,
+        layout=args.name,
+        download=args.download,
+        max_side=args.max_side,
+        quality=args.quality,
+        skip_bad=args.skip_bad,
+        num_classes=args.num_classes,
+        workers=args.workers,
+    )
+    for split, content in manifests.items():
+        print(
+            f"{split}: {content['samples']:,} images in {len(content['classes'])} classes, "
+            f"{content['bytes'] / 1e6:,.1f} MB, {content['reencoded']:,} re-encoded, {len(content['skipped'])} left out"
+        )
+    return 0
 
 
 def write_dataset(
     src: str | Path,
     dst: str | Path,
     *,
-    splits: Sequence[str] = ("train", "val"),
+    layout: str = "imagefolder",
+    download: bool = False,
     max_side: int = 500,
     quality: int = 90,
     skip_bad: bool = False,
@@ -80,76 +143,84 @@ def write_dataset(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Write src/<split>/<class>/* to dst/<split>.beton with a manifest each, and return the manifests.
+    """Write the splits found in `src` to dst/<split>.beton with a manifest each, and return the manifests.
 
     A split whose inputs and settings did not change is left as it is.
 
     Args:
+        layout: a name in LAYOUTS.
+        download: let torchvision fetch the data first.
         max_side: pixels; larger images are shrunk to it by area averaging and re-encoded.
         quality: JPEG quality of re-encoded images.
         skip_bad: leave unreadable images out and list them in the manifest, instead of stopping.
-        num_classes: how many class folders there must be; None: as many as there are.
+        num_classes: how many classes there must be; None: as many as there are.
         workers: decoding threads; 0: the cores of this machine, at most 16.
 
     Raises:
         UserError: bad folders, an unreadable image (named), other classes in one split than in another, a full disk.
     """
-    src, dst = Path(src), Path(dst)
-    if not src.is_dir():
-        raise UserError(f"there is no folder {src}")
-    sources = {split: FolderSource(src / split) for split in splits}
-    classes = next(iter(sources.values())).classes
-    for split, source in sources.items():
-        if num_classes is not None and len(source.classes) != num_classes:
-            raise UserError(f"{source.root} has {len(source.classes)} class folders, expected {num_classes}")
-        if source.classes != classes:
-            odd = sorted(set(source.classes) ^ set(classes))[0]
-            raise UserError(f"{split} has other class folders than {splits[0]}, for example {odd}")
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    if max_side < MIN_SIDE or not 1 <= quality <= 100:
+        raise UserError(f"max_side={max_side} must be at least {MIN_SIDE}, and quality={quality} lie in 1 to 100")
+    if download:
+        src.mkdir(parents=True, exist_ok=True)
+    if not src.exists():
+        raise UserError(f"there is no folder {src}" if layout != "arrays" else f"there is no file {src}")
+    splits = LAYOUTS[layout](src, download)
+    first, classes = next((split, inputs.classes) for split, inputs in splits.items())
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f"{src} has {len(classes)} class folders, expected {num_classes}")
+    for split, inputs in splits.items():
+        if inputs.classes != classes:
+            odd = sorted(set(inputs.classes) ^ set(classes))[0]
+            raise UserError(f"{split} has other class folders than {first}, for example {odd}")
     dst.mkdir(parents=True, exist_ok=True)
     rule = {"max_side": max_side, "quality": quality, "skip_bad": skip_bad}
     with ThreadPoolExecutor(worker_count(workers, 1)) as pool:
-        return {
-            split: _write_split(source, dst / f"{split}.beton", rule, pool, progress)
-            for split, source in sources.items()
-        }
+        return {s: _write_split(i, dst / f"{s}.beton", rule, pool, progress) for s, i in splits.items()}
 
 
 def _write_split(
-    source: FolderSource, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor, progress: bool
+    inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor, progress: bool
 ) -> dict[str, Any]:
     remove_leftovers(beton)
-    fingerprint = _fingerprint(source, rule)
+    fingerprint = hashlib.sha256(json.dumps([TOOL, rule, inputs.stamp]).encode()).hexdigest()
     done = _up_to_date(beton, fingerprint)
     if done is not None:
         print(f"{beton} is up to date")
         return done
-    paths = [source.root / file for file in source.files]
-    _estimate(paths, beton, rule, pool)
+    count = len(inputs.labels)
+    _estimate(inputs, beton, rule, pool)
     skipped: list[str] = []
+    kept: list[str] = []
     reencoded = 0
 
-    def samples() -> Iterator[tuple[bytes, int, int, int]]:
+    def samples() -> Iterator[Sample]:
         nonlocal reencoded
-        results = _ordered(paths, rule, pool)
-        for index, result in enumerate(tqdm(results, beton.name, len(paths), unit="image", disable=not progress)):
+        results = _ordered(inputs, range(count), rule, pool)
+        for index, result in enumerate(tqdm(results, beton.name, count, unit="image", disable=not progress)):
             if isinstance(result, Encoded):
                 reencoded += result.reencoded
-                yield result.jpeg, result.height, result.width, int(source.labels[index])
+                kept.append(inputs.names[index])
+                yield result.data, result.height, result.width, int(inputs.labels[index]), result.raw
             elif rule["skip_bad"]:
-                skipped.append(source.files[index])
+                skipped.append(inputs.names[index])
             else:
-                raise UserError(f"cannot use {paths[index]}: {result}; skip_bad leaves such files out")
+                raise UserError(f"cannot use {inputs.names[index]}: {result}; skip_bad leaves such files out")
 
-    write_beton(beton, samples(), capacity=len(paths))
-    return write_manifest(beton, source.classes, rule=rule, source=fingerprint, reencoded=reencoded, skipped=skipped)
+    write_beton(beton, samples(), capacity=count)
+    facts = {"rule": rule, "source": fingerprint, "reencoded": reencoded, "skipped": skipped}
+    return write_manifest(beton, inputs.classes, files=kept, **facts)
 
 
-def _ordered(paths: list[Path], rule: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[Encoded | Exception]:
-    """The encoded images in the order of `paths`, or what went wrong; a bounded number is in memory."""
+def _ordered(
+    inputs: Inputs, indices: Iterable[int], rule: dict[str, Any], pool: ThreadPoolExecutor
+) -> Iterator[Encoded | Exception]:
+    """The encoded images in order, or what went wrong; a bounded number is in memory."""
     pending: deque = deque()
     try:
-        for path in paths:
-            pending.append(pool.submit(_load, path, rule))
+        for index in indices:
+            pending.append(pool.submit(_load, inputs, index, rule))
             if len(pending) > 256:
                 yield pending.popleft().result()
         while pending:
@@ -159,34 +230,25 @@ def _ordered(paths: list[Path], rule: dict[str, Any], pool: ThreadPoolExecutor) 
             task.cancel()
 
 
-def _load(path: Path, rule: dict[str, Any]) -> Encoded | Exception:
+def _load(inputs: Inputs, index: int, rule: dict[str, Any]) -> Encoded | Exception:
     try:
-        return encode(path.read_bytes(), max_side=rule["max_side"], quality=rule["quality"])
+        return encode(inputs.read(index), max_side=rule["max_side"], quality=rule["quality"])
     except Exception as error:  # Pillow raises many types for damaged files; the caller names the file
         return error
 
 
-def _estimate(paths: list[Path], beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor) -> None:
+def _estimate(inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor) -> None:
     """Print what the file will weigh and take, from a sample. Raises UserError when the disk is too small."""
-    some = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), ESTIMATE_FILES)).astype(int)]
+    count = len(inputs.labels)
+    some = np.linspace(0, count - 1, min(count, ESTIMATE_FILES)).astype(int)
     began = time.perf_counter()
-    results: Iterable[Encoded | Exception] = _ordered(some, rule, pool)
-    sizes = [len(result.jpeg) for result in results if isinstance(result, Encoded)]
-    minutes = (time.perf_counter() - began) / len(some) * len(paths) / 60
-    size = METADATA_AT + len(paths) * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
+    sizes = [len(r.data) for r in _ordered(inputs, some, rule, pool) if isinstance(r, Encoded)]
+    minutes = (time.perf_counter() - began) / len(some) * count / 60
+    size = METADATA_AT + count * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
     free = shutil.disk_usage(beton.parent).free
-    print(f"{beton}: {len(paths):,} images, about {size / 1e9:.2f} GB and {minutes:.1f} minutes", flush=True)
+    print(f"{beton}: {count:,} images, about {size / 1e9:.2f} GB and {minutes:.1f} minutes", flush=True)
     if size > free:
         raise UserError(f"{beton.parent} has {free / 1e9:.1f} GB free; {beton.name} needs about {size / 1e9:.1f} GB")
-
-
-def _fingerprint(source: FolderSource, rule: dict[str, Any]) -> str:
-    """Of everything that decides the result: file names, sizes and times, and the settings."""
-    listing = []
-    for file in source.files:
-        stat = (source.root / file).stat()
-        listing.append([file, stat.st_size, stat.st_mtime_ns])
-    return hashlib.sha256(json.dumps([TOOL, rule, listing]).encode()).hexdigest()
 
 
 def _up_to_date(beton: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zipfile
 from argparse import ArgumentParser
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ import torch
 from PIL import Image
 
 from sam_repro import evaluate_command
-from sam_repro.config import DataConfig
 from sam_repro.data import build_set_loader
-from sam_repro.data.evalsets import ALEXNET_ERRORS, open_set
+from sam_repro.data.evalsets import open_set
 from sam_repro.distributed import Ranks
-from sam_repro.evaluate import count_set
+from sam_repro.evaluate import evaluate_sets
 from sam_repro.objective import forward_of
 
 DATA = Path(os.environ.get("SAM_REPRO_TEST_DATA", "/nonexistent"))
@@ -96,14 +94,11 @@ def test_the_same_predictions_as_pillow_and_torchvision(lite0):
 
 
 def test_corrupted_images(lite0):
-    """Severities 1 to 5, resized as the plain evaluation of the measured figures did."""
+    """Severities 1 to 5, as the plain evaluation that the figures are from."""
     cfg, model = lite0
     ranks, forward = Ranks(0, 1, 0, 1, CPU), forward_of(cfg, model, CPU, bf16=False)
-    wider = DataConfig(**(vars(cfg.data) | {"eval_resize": 256}))
-    for severity, expected in zip(range(1, 6), [60.7, 52.7, 38.0, 22.7, 17.3], strict=True):
-        correct = total = 0
-        for corruption in ALEXNET_ERRORS:
-            opened = replace(open_set(wider, f"c/{corruption}/{severity}"), data=wider)
-            counts = count_set(lambda x: forward({}, x), opened, ranks)
-            correct, total = correct + counts["correct"], total + counts["total"]
+    counts = evaluate_sets(lambda x: forward({}, x), cfg.data, ["c"], ranks)["c"]
+    corruptions = counts["corruptions"].values()
+    for severity, expected in enumerate([60.7, 52.7, 38.0, 22.7, 17.3]):
+        correct, total = (sum(c[key][severity] for c in corruptions) for key in ("correct", "total"))
         assert total == 150 and 100 * correct / total == pytest.approx(expected, abs=0.7)  # one image

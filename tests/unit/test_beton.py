@@ -23,7 +23,7 @@ def jpeg(height: int, width: int, seed: int) -> bytes:
 
 
 def samples(count: int):
-    return [(jpeg(*SIZES[i % 4], i), *SIZES[i % 4], i % 3) for i in range(count)]
+    return [(jpeg(*SIZES[i % 4], i), *SIZES[i % 4], i % 3, False) for i in range(count)]
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def beton(tmp_path):
 
 def test_round_trip(beton):
     file = BetonFile.open(beton)
-    for i, (data, height, width, label) in enumerate(samples(40)):
-        assert file.jpeg(i) == data
+    for i, (data, height, width, label, _) in enumerate(samples(40)):
+        assert file.sample(i) == data
         assert (file.heights[i], file.widths[i], file.labels[i]) == (height, width, label)
     assert len(file) == 40
     assert [p.name for p in beton.parent.iterdir()] == ["train.beton"]
@@ -45,10 +45,10 @@ def test_round_trip(beton):
 def test_no_sample_crosses_a_page(tmp_path):
     large = b"\xff\xd8" + bytes(3_000_000)
     path = tmp_path / "big.beton"
-    write_beton(path, [(large, 9, 9, 0)] * 5, capacity=5)
+    write_beton(path, [(large, 9, 9, 0, False)] * 5, capacity=5)
     file = BetonFile.open(path)
-    assert file.pointers.tolist() == [PAGE + (i // 2) * PAGE + (i % 2) * len(large) for i in range(5)]
-    assert all(file.jpeg(i) == large for i in range(5))
+    assert file.pointers.tolist() == [PAGE + (i // 2) * PAGE + (i % 2) * (len(large) + 4) for i in range(5)]
+    assert all(file.sample(i) == large for i in range(5))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -71,7 +71,7 @@ def test_ffcv_reads_the_same(beton, os_cache):
     assert np.concatenate(labels).ravel().tolist() == file.labels.tolist()
     del loader
     gc.collect()  # numba's finaliser of a collected FFCV loader raises KeyError: here, not in somebody's import
-    image = cv2.imdecode(np.frombuffer(file.jpeg(3), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    image = cv2.imdecode(np.frombuffer(file.sample(3), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert np.abs(np.concatenate(images)[3].astype(int) - image).max() <= 12  # FFCV decodes with a fast transform
 
 
@@ -122,17 +122,25 @@ def test_damage_is_refused_or_harmless(beton):
         except UserError:
             refusals += 1
             continue
-        assert all(len(file.jpeg(i)) == file.sizes[i] for i in range(len(file)))
+        for i, (data, *_) in enumerate(samples(40)):  # the right bytes, or a sentence
+            try:
+                assert file.sample(i) == data
+            except UserError as error:
+                assert "checksum" in str(error)
         file.close()
     assert refusals > 60
 
 
-def test_raw_and_tiny_images_are_refused(beton):
+def test_false_pixels_and_tiny_images_are_refused(beton):
     content = bytearray(beton.read_bytes())
     content[METADATA_AT] = 1
     beton.write_bytes(content)
     assert "raw pixels" in refused(beton)
-    for sample in [(jpeg(9, 9, 0), 9, 4, 0), (jpeg(9, 9, 0), 70_000, 9, 0), (bytes(PAGE + 1), 9, 9, 0)]:
+    for sample in [
+        (jpeg(9, 9, 0), 9, 4, 0, False),
+        (jpeg(9, 9, 0), 70_000, 9, 0, False),
+        (bytes(PAGE - 3), 9, 9, 0, False),
+    ]:
         with pytest.raises(UserError, match="sample 0"):
             write_beton(beton, [sample], capacity=1)
     with pytest.raises(UserError, match="no sample"):
@@ -155,7 +163,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(beton, monkeypatch)
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     script = (
         "import os, sys\nfrom sam_repro.data.beton import write_beton\n"
-        "def samples():\n    yield b'\\xff\\xd8' + bytes(99), 9, 9, 0\n    os._exit(9)\n"
+        "def samples():\n    yield b'\\xff\\xd8' + bytes(99), 9, 9, 0, False\n    os._exit(9)\n"
         "write_beton(sys.argv[1], samples(), capacity=2)"
     )
     path = tmp_path / "train.beton"

@@ -1,0 +1,271 @@
+"""What `sam-repro write` reads: one `Inputs` a split, from each layout in which a data set comes.
+
+Nothing is unpacked or copied: files of a tar archive are read at their offsets. `LAYOUTS` in write.py names the
+functions; each takes (src, download) and returns {"train": Inputs, "val": Inputs}, where val is what results are
+reported on. Only torchvision's data sets can be downloaded (torchvision_inputs.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam_repro.data.datasets import FolderSource
+from sam_repro.errors import UserError
+
+Splits = dict[str, "Inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The labelled images of one split."""
+
+    classes: list[str]
+    labels: np.ndarray  # int64
+    names: list[str]  # one an image: for messages, and for labels that go by file name
+    read: Callable[[int], bytes | np.ndarray]  # an encoded file, or pixels (stored without loss), from any thread
+    stamp: list[Any]  # JSON: changes when the inputs do
+
+
+def of_files(classes: list[str], labels: list[int] | np.ndarray, root: Path, names: list[str]) -> Inputs:
+    """Image files below `root`."""
+    stamp = [[name, stat.st_size, stat.st_mtime_ns] for name in names if (stat := _stat(root / name))]
+    return Inputs(classes, np.array(labels, np.int64), names, lambda i: (root / names[i]).read_bytes(), stamp)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    return path.stat() if path.exists() else None
+
+
+def of_arrays(classes: list[str], labels: np.ndarray, images: Any, name: str) -> Inputs:
+    """Images in memory: uint8 [N, H, W] or [N, H, W, 3], or N arrays of an encoded file's bytes."""
+    content = hash_of(images)
+    return Inputs(
+        classes,
+        np.asarray(labels, np.int64),
+        [f"{name}[{i}]" for i in range(len(labels))],
+        lambda i: bytes(images[i]) if np.ndim(images[i]) < 2 else np.asarray(images[i]),
+        [name, content, np.asarray(labels).tolist()],
+    )
+
+
+def hash_of(images: Any) -> str:
+    """Of arrays, equal or not in shape."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(bytes(image) if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes())
+    return digest.hexdigest()
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
+
+
+def folders(src: Path, download: bool = False) -> Splits:
+    """src/train/<class>/* and src/val/<class>/*, as torchvision's ImageFolder; one of the two may be missing."""
+    found = {split: FolderSource(src / split) for split in ("train", "val") if (src / split).is_dir()}
+    if not found:
+        raise UserError(f"{src} has neither a folder train/ nor a folder val/ with one folder a class")
+    return {split: of_files(s.classes, s.labels, s.root, s.files) for split, s in found.items()}
+
+
+def imagenet(src: Path, download: bool = False) -> Splits:
+    """ILSVRC2012 as people have it, each split in whichever form is there.
+
+    train: train/<synset>/*, or ILSVRC2012_img_train.tar. val: val/<synset>/*, or val/*.JPEG, or
+    ILSVRC2012_img_val.tar; the last two with a ground truth file (see `validation_synsets`).
+    """
+    result: Splits = {}
+    if (src / "train").is_dir():
+        result["train"] = folders_of(src / "train")
+    elif (src / "ILSVRC2012_img_train.tar").exists():
+        result["train"] = train_tar(src / "ILSVRC2012_img_train.tar")
+    val, tar = src / "val", src / "ILSVRC2012_img_val.tar"
+    if val.is_dir() and any(entry.is_dir() for entry in os.scandir(val)):
+        result["val"] = folders_of(val)
+    elif val.is_dir():
+        names = sorted(entry.name for entry in os.scandir(val) if entry.name.lower().endswith((".jpeg", ".jpg")))
+        classes, labels = _validation_labels(src, names)
+        result["val"] = of_files(classes, labels, val, names)
+    elif tar.exists():
+        members = sorted((m.name, m.offset_data, m.size) for m in _members(tar))
+        classes, labels = _validation_labels(src, [name for name, _, _ in members])
+        result["val"] = _of_tar(tar, classes, labels, members)
+    if not result:
+        raise UserError(f"{src} has neither train/, val/ nor the tar files of ILSVRC2012")
+    return result
+
+
+def folders_of(root: Path) -> Inputs:
+    """One split's class folders."""
+    source = FolderSource(root)
+    return of_files(source.classes, source.labels, source.root, source.files)
+
+
+def train_tar(path: Path) -> Inputs:
+    """The tar of 1,000 tars of ILSVRC2012's training images, in the order of the unpacked class folders."""
+    members, labels, classes = [], [], []
+    for outer in sorted(_members(path), key=lambda m: m.name):
+        classes.append(Path(outer.name).stem)
+        with open(path, "rb") as file:
+            file.seek(outer.offset_data)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as inner:
+                    own = sorted((m.name, m.offset_data, m.size) for m in inner if m.isfile())
+            except tarfile.TarError as error:
+                raise UserError(f"{path} is damaged: {outer.name}: {error}") from None
+        if not own:
+            raise UserError(f"{path} is damaged: {outer.name} has no images")
+        members += [(f"{classes[-1]}/{name}", at, size) for name, at, size in own]
+        labels += [len(classes) - 1] * len(own)
+    return _of_tar(path, classes, labels, members)
+
+
+def _members(path: Path) -> list[tarfile.TarInfo]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return [m for m in archive if m.isfile()]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _of_tar(path: Path, classes: list[str], labels: list[int], members: list[tuple[str, int, int]]) -> Inputs:
+    """(name, offset, bytes) within an uncompressed archive, read in place."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # until the process ends: there is one of it a command
+    stat = os.fstat(descriptor)
+    return Inputs(
+        classes,
+        np.array(labels, np.int64),
+        [name for name, _, _ in members],
+        lambda i: os.pread(descriptor, members[i][2], members[i][1]),
+        [str(path.name), stat.st_size, stat.st_mtime_ns],
+    )
+
+
+def validation_synsets(src: Path) -> dict[int, str]:
+    """{image number: synset} of ILSVRC2012's validation images.
+
+    From LOC_val_solution.csv (Kaggle), imagenet_2012_validation_synset_labels.txt (a synset a line, in order), or
+    ILSVRC2012_devkit_t12.tar.gz, whose ground truth counts classes in an order of its own.
+    """
+    kaggle = src / "LOC_val_solution.csv"
+    if kaggle.exists():
+        rows = re.findall(r"ILSVRC2012_val_(\d{8}),(n\d{8})", kaggle.read_text())
+        return {int(number): synset for number, synset in rows}
+    lines = src / "imagenet_2012_validation_synset_labels.txt"
+    if lines.exists():
+        return dict(enumerate(lines.read_text().split(), 1))
+    kit = src / "ILSVRC2012_devkit_t12.tar.gz"
+    if kit.exists():
+        return dict(enumerate(_devkit(kit), 1))
+    names = f"{kaggle.name}, {lines.name} or {kit.name}"
+    raise UserError(f"{src} has validation images without class folders, and none of {names} to label them")
+
+
+def _devkit(path: Path) -> list[str]:
+    from scipy.io import loadmat
+
+    with tarfile.open(path) as archive:
+        parts = {Path(m.name).name: archive.extractfile(m) for m in archive if m.isfile()}
+        meta = loadmat(parts["meta.mat"], squeeze_me=True)["synsets"]  # pyright: ignore[reportArgumentType]
+        truth = parts["ILSVRC2012_validation_ground_truth.txt"]
+        assert truth is not None
+        numbers = [int(line) for line in truth.read().split()]
+    synset = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in meta}
+    return [synset[number] for number in numbers]
+
+
+def _validation_labels(src: Path, names: list[str]) -> tuple[list[str], list[int]]:
+    known = validation_synsets(src)
+    classes = sorted(set(known.values()))
+    place = {synset: i for i, synset in enumerate(classes)}
+    labels = []
+    for name in names:
+        found = re.search(r"ILSVRC2012_val_(\d{8})", name)
+        if found is None or int(found[1]) not in known:
+            raise UserError(f"{name} has no line in the ground truth")
+        labels.append(place[known[int(found[1])]])
+    return classes, labels
+
+
+def arrays(src: Path, download: bool = False) -> Splits:
+    """A .npz with train_images, train_labels, test_images, test_labels, and class_names if they have names.
+
+    Images are uint8 [N, H, W] or [N, H, W, 3], stored without loss. Or they are encoded files: an object array of
+    bytes, or <split>_data (all bytes after another) with <split>_offsets, and `header` where each lacks a common start.
+    """
+    try:
+        with np.load(src) as file:
+            content = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {src}: {error}") from None
+    result: Splits = {}
+    for split, prefix in (("train", "train"), ("val", "test")):
+        if f"{prefix}_labels" not in content:
+            continue
+        labels = content[f"{prefix}_labels"].astype(np.int64)
+        images = _images_of(content, prefix, src)
+        if len(images) != len(labels) or labels.min() < 0:
+            raise UserError(f"{src} has {len(images)} images but {len(labels)} labels in {prefix}, or a negative label")
+        count = max(int(labels.max()) + 1, len(content.get("class_names", [])))
+        classes = content.get("class_names", np.arange(count)).astype(str).tolist()
+        result[split] = of_arrays(classes, labels, images, prefix)
+    if not result:
+        raise UserError(f"{src} has no train_labels and no test_labels")
+    return result
+
+
+def _images_of(content: dict[str, np.ndarray], prefix: str, src: Path) -> Any:
+    if f"{prefix}_images" in content:
+        images = content[f"{prefix}_images"]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise UserError(f"{src}: {prefix}_images must be uint8 [N, H, W] or [N, H, W, 3]")
+        return images
+    if f"{prefix}_data" not in content or f"{prefix}_offsets" not in content:
+        raise UserError(f"{src} has neither {prefix}_images nor {prefix}_data with {prefix}_offsets")
+    start, data = content.get("header", np.empty(0, np.uint8)).tobytes(), content[f"{prefix}_data"].tobytes()
+    ends = content[f"{prefix}_offsets"].astype(np.int64).tolist()
+    return [start + data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def huggingface(src: Path, download: bool = False) -> Splits:
+    """What `datasets.DatasetDict.save_to_disk` left: a column of images, one of class labels."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("`sam-repro write hf` needs the package datasets: pip install datasets") from None
+    try:
+        loaded = datasets.load_from_disk(str(src))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{src} is not a data set on disk: {error}") from None
+    result: Splits = {}
+    for split, names in (("train", ("train",)), ("val", ("val", "validation", "test"))):
+        name = next((n for n in names if n in loaded), None)
+        if name is None:
+            continue
+        table = loaded[name]
+        image = next((k for k, f in table.features.items() if isinstance(f, datasets.Image)), None)
+        label = next((k for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)), None)
+        if image is None or label is None:
+            raise UserError(f"{src}: {name} needs a column of images and one of class labels")
+        encoded = table.cast_column(image, datasets.Image(decode=False))
+
+        def read(i: int, encoded=encoded, image=image) -> bytes:
+            entry = encoded[int(i)][image]
+            return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+
+        labels = np.array(table[label], np.int64)
+        stamp = [table._fingerprint, len(labels)]
+        result[split] = Inputs(
+            table.features[label].names, labels, [f"{name}[{i}]" for i in range(len(labels))], read, stamp
+        )
+    if not result:
+        raise UserError(f"{src} has neither a split train nor validation")
+    return result
