@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--peers", type=Path, help="folder with davda54's sam.py and juntang-zhuang's gsam/")
     parser.add_argument("--parties", nargs="+", help="only these")
+    parser.add_argument("--profile", metavar="PARTY", help="print the kernels of one party")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -200,8 +201,8 @@ def forward_gflop(bench: Bench) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def bench_model(name: str, args: argparse.Namespace, ceiling: float) -> list[dict]:
-    """Every party of one model; rows of the JSON."""
+def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Callable[[list[dict]], None]) -> list[dict]:
+    """Every party of one model; rows of the JSON, saved after each."""
     bench = Bench(name, args.batch)
     makers: dict[str, Callable[[], Party]] = {
         "vanilla": lambda: bench.plain(1),
@@ -217,10 +218,10 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float) -> list[dic
     if args.peers:
         sys.path.insert(0, str(args.peers))
         makers |= {"davda54": bench.davda54, "juntang": bench.juntang}
+    makers["floor-again"] = makers["floor"]  # last, to see a drift of the machine
     if args.parties:
         makers = {k: v for k, v in makers.items() if k in args.parties}
-    makers["floor-again"] = makers["floor"]  # last, to see a drift of the machine
-    times, memory, setup = {}, {}, {}
+    gflop, seconds, rows = forward_gflop(bench), {}, []
     for party, make in makers.items():
         gc.collect()
         torch.cuda.empty_cache()
@@ -231,41 +232,49 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float) -> list[dic
             for _ in range(3):
                 run()
             torch.cuda.synchronize()
-            setup[party] = time.perf_counter() - start
-            times[party] = measure(run, args.rounds, args.steps)
+            setup = time.perf_counter() - start
+            times = measure(run, args.rounds, args.steps)
+            if party == args.profile:
+                profile(run)
         except Exception as error:  # one party's failure must not cost the others the lease
             print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
             continue
         finally:
             run = None
-        memory[party] = torch.cuda.max_memory_allocated() - before
-        spread = 100 * (max(times[party]) / min(times[party]) - 1)
-        print(f"{name} {party}: ready after {setup[party]:.0f} s, spread {spread:.1f} %", flush=True)
-    seconds = {party: statistics.median(t) for party, t in times.items()}
-    gflop = forward_gflop(bench)
-    rows = []
-    for party, s in seconds.items():
+        peak = torch.cuda.max_memory_allocated() - before
+        seconds[party] = median = statistics.median(times)
         method, _, m = party.partition("-m")
         row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
-        row |= {
-            "dtype": "bf16",
-            "image_size": 224,
-            "images_per_second": args.batch / s,
-            "seconds": s,
-            "rounds": times[party],
-        }
-        row |= {"over_floor": s / seconds.get("floor", float("nan")), "peak_bytes": memory[party]}
-        row |= {"over_ours_floor": s / seconds.get("ours-floor", float("nan")), "setup_seconds": setup[party]}
+        row |= {"dtype": "bf16", "image_size": 224, "images_per_second": args.batch / median, "seconds": median}
+        row |= {"rounds": times, "peak_bytes": peak, "setup_seconds": setup}
+        for floor in ("floor", "ours-floor"):
+            if floor in seconds:
+                row[f"over_{floor}"] = median / seconds[floor]
         if party in ("vanilla", "ours-vanilla"):
-            row["ceiling_share"] = 3 * gflop * args.batch / s / 1e3 / ceiling
+            row["ceiling_share"] = 3 * gflop * args.batch / median / 1e3 / ceiling
         rows.append(row)
+        save(rows)
+        ratios = ", ".join(f"{k[5:]} x {v:.3f}" for k, v in row.items() if k.startswith("over_"))
         print(
-            f"{name:10} {party:13} {1e3 * s:8.2f} ms {args.batch / s:8.0f} img/s  x floor {row['over_floor']:.3f}  "
-            f"x ours-floor {row['over_ours_floor']:.3f}  peak {memory[party] / 1e9:.2f} GB "
-            + (f"ceiling {100 * row['ceiling_share']:.1f} %" if "ceiling_share" in row else ""),
+            f"{name:10} {party:13} {1e3 * median:8.2f} ms {args.batch / median:8.0f} img/s  {ratios}  peak "
+            f"{peak / 1e9:.2f} GB, ready after {setup:.0f} s, spread {100 * (max(times) / min(times) - 1):.1f} %"
+            + (f", {100 * row['ceiling_share']:.1f} % of the ceiling" if "ceiling_share" in row else ""),
             flush=True,
         )
     return rows
+
+
+def profile(party: Party) -> None:
+    """Print where the GPU's time goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            party()
+        torch.cuda.synchronize()
+    kernels = sorted(trace.key_averages(), key=lambda k: -k.device_time_total)
+    total = sum(k.device_time_total for k in kernels)
+    print(f"kernels: {total / 3e3:.2f} ms a step")
+    for k in kernels[:32]:
+        print(f"  {k.device_time_total / 3e3:7.3f} ms  {k.count // 3:5d} x  {k.key[:110]}", flush=True)
 
 
 def main() -> None:
@@ -285,10 +294,15 @@ def main() -> None:
     }
     print(f"{result['hardware']}, {ceiling:.0f} TFLOP/s bf16 product", flush=True)
     for name in args.models:
-        result["entries"] += bench_model(name, args, ceiling)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+        known = result["entries"]
+
+        def save(rows: list[dict], known: list[dict] = known) -> None:
+            result["entries"] = known + rows
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+        bench_model(name, args, ceiling, save)
 
 
 if __name__ == "__main__":
