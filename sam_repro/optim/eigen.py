@@ -140,11 +140,12 @@ class PowerIteration:
         """How to go through (leaves, differentiable gradient, weight) of all passes, once a product."""
         chunks = self._chunks(batch)
         total = sum(len(chunk[0]) for chunk in chunks) * (1 if self.images == "group" else self.world)
+        means = {name: self._mean(b) for name, b in self.buffers.items()}
 
         def graphs() -> Iterator[tuple[Tensors, Tensors, float]]:
             for i, chunk in enumerate(chunks):
                 leaves = self._leaves()
-                buffers = {name: b.clone() for name, b in self.buffers.items()}
+                buffers = {name: b.clone() for name, b in means.items()}
                 torch.manual_seed((self.seed + self.calls) * 1_000_003 + self.rank * len(chunks) + i)
                 loss = self.objective(dict(zip(self.params, leaves, strict=True)) | buffers, *chunk)
                 g = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -154,6 +155,14 @@ class PowerIteration:
             return graphs
         kept = list(graphs())
         return lambda: iter(kept)
+
+    def _mean(self, buffer: Tensor) -> Tensor:
+        """A copy of a running statistic, averaged over the ranks, whose steps leave each its own."""
+        mean = buffer.clone()
+        if self.all_reduce is not None and mean.is_floating_point():
+            self.all_reduce(mean)
+            mean.div_(self.world)
+        return mean
 
     def _product(self, v: Tensors, graphs: Callable[[], Iterator[tuple[Tensors, Tensors, float]]]) -> Tensors:
         """H v: the derivative of <grad f, v>, mean over the passes, one reduction over the ranks."""

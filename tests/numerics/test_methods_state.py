@@ -1,0 +1,306 @@
+"""What methods remember: resuming is bitwise, ranks agree, Eigen-SAM's eigenvector is one."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import quadratic, vector
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from sam_repro.optim import EntropySGD, EveryK, GradientStep, PowerIteration, build_base, build_perturbation
+from sam_repro.optim.perturb import Eigen
+
+METHODS = ["friendly", "vasso", "eigen", "random", "looksam", "friendly_looksam", "wsam", "cr", "entropy_sgd"]
+
+
+def network(dropout: float = 0.2) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def data(n: int = 16) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(n, 6, dtype=torch.float64), torch.randint(3, (n,))
+
+
+DATA = data()
+
+
+def build(method: str, model: nn.Module, **ranks) -> GradientStep:
+    """A stateful engine on the network, of groups of 4."""
+
+    def objective(tensors, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, tensors, (x,)), y)
+
+    def in_eval_mode(tensors, x, y):
+        model.eval()
+        try:
+            return objective(tensors, x, y)
+        finally:
+            model.train()
+
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    peers = {k: v for k, v in ranks.items() if k != "stochastic"}
+    options = {"buffers": buffers, "m": 4, "stochastic": True} | ranks
+    if method == "entropy_sgd":
+        return EntropySGD(objective, params, steps=3, parts=2, noise=0.1, **options | {"m": 2})
+    if method in ("wsam", "cr"):
+        return GradientStep(
+            objective, params, perturb="sam", combine=method, alpha=0.3, decoupled=method == "wsam", **options
+        )
+    if method == "eigen":
+        options["perturb"] = perturb = build_perturbation("eigen")
+        options["before"] = PowerIteration(perturb, in_eval_mode, params, buffers=buffers, every=2, m=4, **peers)
+    if method.endswith("looksam"):
+        perturb = "friendly" if "friendly" in method else "sam"
+        return EveryK(objective, params, perturb=perturb, combine="ascent", alpha=0.3, every=3, reuse=0.7, **options)
+    return GradientStep(objective, params, **({"perturb": method} | options))
+
+
+def train(method: str, model: nn.Module, *, steps: int, interrupt: int | None = None, **ranks) -> list[Tensor]:
+    """The weights after `steps`; at `interrupt` everything is rebuilt from a file's bytes."""
+    step, base = build(method, model, **ranks), torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+    x, y = DATA
+    size = len(x) // ranks.get("world", 1)
+    share = slice(ranks.get("rank", 0) * size, (ranks.get("rank", 0) + 1) * size)
+    for t in range(steps):
+        if t == interrupt:
+            file = io.BytesIO()
+            torch.save({"model": model.state_dict(), "base": base.state_dict(), "method": step.state_dict()}, file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+            model = network()
+            model.load_state_dict(state["model"])
+            step, base = build(method, model, **ranks), torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+            base.load_state_dict(state["base"])
+            step.load_state_dict(state["method"])
+        step(x.roll(t, 0)[share], y.roll(t, 0)[share], rho=0.1, seed=t)
+        base.step()
+        step.correct_(0.01)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_q14_resuming_is_bitwise(method):
+    undisturbed = train(method, network(), steps=7)
+    for interrupt in (1, 4, 5):
+        for ours, theirs in zip(undisturbed, train(method, network(), steps=7, interrupt=interrupt), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+class Peers:
+    """all_reduce among threads, one a rank: the sum is taken in the same order everywhere."""
+
+    def __init__(self, world: int):
+        self.barrier, self.parts = threading.Barrier(world), [None] * world
+
+    def of(self, rank: int):
+        def all_reduce(flat: Tensor) -> None:
+            self.parts[rank] = flat.clone()
+            self.barrier.wait()
+            flat.copy_(torch.stack(self.parts).sum(0))
+            self.barrier.wait()
+
+        return all_reduce
+
+
+# Threads share the default generator, where dropout would race. Entropy-SGD cuts its parts out of each rank's share.
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "entropy_sgd"])
+def test_two_ranks_are_one(method):
+    peers, found, models = Peers(2), {}, [network(dropout=0.0) for _ in range(2)]
+
+    def work(rank: int) -> None:
+        ranks = {"all_reduce": peers.of(rank), "rank": rank, "world": 2, "stochastic": False}
+        try:
+            found[rank] = train(method, models[rank], steps=5, **ranks)
+        except BaseException:
+            peers.barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = train(method, network(dropout=0.0), steps=5, stochastic=False)
+    assert len(found) == 2
+    for one, other, both in zip(found[0], found[1], alone, strict=True):
+        assert torch.equal(one, other)
+        assert_close(one, both, rtol=1e-9, atol=1e-12)
+
+
+# ---- Eigen-SAM's eigenvector -----------------------------------------------------------------------------------------
+
+
+def power(hessians: Tensor, **options) -> tuple[Eigen, PowerIteration]:
+    eigen = Eigen()
+    w = torch.ones(hessians.shape[1], dtype=torch.float64)
+    return eigen, PowerIteration(eigen, quadratic, {"w": w}, **({"every": 1} | options))
+
+
+def test_power_iteration_finds_the_eigenvalue_of_largest_magnitude():
+    eigen, estimate = power(vector(3, -5, 1)[None], iterations=60)
+    estimate.renew(vector(3, -5, 1)[None])
+    assert_close(eigen.v[0].abs(), vector(0, 1, 0), rtol=0, atol=1e-9)
+    assert estimate.eigenvalue == pytest.approx(-5, abs=1e-9)
+
+
+def test_five_iterations_of_the_release_from_noise():
+    eigen, estimate = power(vector(1, 4, 9)[None], iterations=5)
+    estimate.renew(vector(1, 4, 9)[None])
+    assert eigen.v[0].norm().item() == pytest.approx(1, abs=1e-12)
+    assert eigen.v[0][2].abs() > 0.99 and eigen.v[0][0].abs() < 1e-3
+
+
+def test_estimates_come_every_k_global_steps_and_start_warm():
+    h = vector(1, 2)[None]
+    eigen, estimate = power(h, every=3, iterations=2)
+    made = []
+    for _ in range(8):
+        estimate(h)
+        made.append(estimate.products)
+    assert made == [0, 0, 0, 2, 2, 2, 4, 4]
+    one, other = power(h, every=1, iterations=4)
+    other.renew(h)
+    assert_close(eigen.v[0], one.v[0], rtol=1e-13, atol=1e-15)  # twice 2 from the same start are once 4
+    assert estimate.report(2.0)["products"] == 4 and estimate.report(2.0)["product_share"] > 0
+
+
+def test_the_release_counts_inside_the_epoch():
+    h = vector(1, 2)[None]
+    _, estimate = power(h, every=4, iterations=1, per_epoch=5)
+    made = []
+    for _ in range(10):
+        estimate(h)
+        made.append(estimate.products)
+    assert made == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2]
+    _, never = power(h, every=6, iterations=1, per_epoch=5)
+    for _ in range(30):
+        never(h)
+    assert never.products == 0
+
+
+@pytest.mark.parametrize(("images", "expected"), [("batch", (1, 0)), ("group", (0, 1)), ("fixed", (1, 0))])
+def test_images_of_the_estimate(images, expected):
+    batch = torch.stack([vector(1, 2), vector(9, 1)])
+    eigen, estimate = power(batch, iterations=80, images=images, m=1)
+    estimate.fix(batch[1:])
+    estimate.renew(*([batch] if images != "fixed" else [batch[:1]]))
+    assert_close(eigen.v[0].abs(), vector(*expected), rtol=0, atol=1e-6)
+
+
+def test_flat_losses_keep_the_former_vector():
+    eigen = Eigen()
+    estimate = PowerIteration(eigen, lambda t, x: (t["w"] * x).sum(), {"w": vector(1, 2).requires_grad_()})
+    estimate.renew(vector(1, 1))
+    assert eigen.v[0].norm().item() == pytest.approx(1)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1).mean(1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_bf16_passes_and_compiled_passes(compiled):
+    """Products in float32 with the unfused kernel, whatever the passes are; both leave the settings as they were."""
+    model = Attention()
+    params = dict(model.named_parameters())
+    x, y = torch.randn(4, 5, 8), torch.randint(3, (4,))
+
+    def exact(tensors, x, y):
+        assert not torch.is_autocast_enabled("cpu")
+        logits = torch.func.functional_call(model, tensors, (x,))
+        assert logits.dtype == torch.float32
+        return F.cross_entropy(logits, y)
+
+    def objective(tensors, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(torch.func.functional_call(model, tensors, (x,)).float(), y)
+
+    eigen = Eigen()
+    before = PowerIteration(eigen, exact, params, every=1, iterations=3)
+    precision = torch.get_float32_matmul_precision()
+    objective = torch.compile(objective, dynamic=False, backend="aot_eager") if compiled else objective
+    step = GradientStep(objective, params, perturb=eigen, before=before, combine="ascent", alpha=0.2)
+    with torch.autocast("cpu", torch.bfloat16):  # a caller's autocast does not reach the products
+        for _ in range(3):
+            metrics = step(x, y, rho=0.1)
+    assert torch.isfinite(metrics).all() and before.products == 6
+    assert all(v.dtype == torch.float32 for v in eigen.v) and torch.get_float32_matmul_precision() == precision
+
+
+def test_half_precision_parameters_get_products_in_float32():
+    eigen = Eigen()
+    p = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    h = torch.tensor([[1.0, 10.0]])
+    step = GradientStep(quadratic, {"w": p}, perturb=eigen, before=PowerIteration(eigen, quadratic, {"w": p}, every=1))
+    for _ in range(2):
+        step(h.bfloat16(), rho=0.1)
+    assert eigen.v[0].dtype == torch.float32 and p.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"every": 0}, "every k=0 steps with p=5 products: both at least 1"),
+        ({"iterations": 0}, "p=0 products"),
+        ({"images": "all"}, "unknown images 'all'"),
+    ],
+)
+def test_bad_estimates_are_one_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        power(vector(1, 2)[None], **options)
+
+
+def test_a_fixed_set_must_be_given():
+    _, estimate = power(vector(1, 2)[None], images="fixed")
+    with pytest.raises(ValueError, match="no images were given"):
+        estimate.renew(vector(1, 2)[None])
+
+
+# ---- base optimizers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adabelief", "NAdam", "RMSprop", "Adagrad", "RAdam"])
+def test_base_optimizers_by_name(name):
+    p = nn.Parameter(torch.ones(2, 2))
+    base = build_base(name, [{"params": [p], "weight_decay": 0.1}], lr=0.1)
+    p.grad = torch.ones(2, 2)
+    base.step()
+    assert base.param_groups[0]["lr"] == 0.1 and (p < 1).all()
+    build_base(name, [{"params": [p], "weight_decay": 0.1}], lr=0.1).load_state_dict(base.state_dict())
+
+
+def test_adabelief_is_the_authors_formula():
+    """w <- w - lr wd w - lr m^ / (sqrt(s^) + eps), s a running mean of (g - m)^2 + eps; eps named."""
+    for eps in (1e-8, 1e-16):
+        p, w = nn.Parameter(vector(2, -3)), vector(2, -3)
+        base = build_base("adabelief", [{"params": [p], "weight_decay": 0.3}], lr=0.01, eps=eps)
+        m, s = torch.zeros(2).double(), torch.zeros(2).double()
+        for t in range(1, 4):
+            g = vector(0.5 * t, -0.1)
+            p.grad = g.clone()
+            base.step()
+            m = 0.9 * m + 0.1 * g
+            s = 0.999 * s + 0.001 * (g - m) ** 2 + eps
+            w = w * (1 - 0.01 * 0.3)
+            w = w - 0.01 * (m / (1 - 0.9**t)) / ((s / (1 - 0.999**t)).sqrt() + eps)
+            assert_close(p.detach(), w, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adamww", "LBFGS", "SparseAdam", "Optimizer"])
+def test_unfit_base_optimizers_are_one_sentence(name):
+    with pytest.raises(ValueError, match=f"unknown base optimizer '{name}': sgd, adam, adamw, adabelief, or a class"):
+        build_base(name, [{"params": [nn.Parameter(torch.ones(1))]}], lr=0.1)
