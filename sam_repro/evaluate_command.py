@@ -16,19 +16,18 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import timm
-import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
 from sam_repro.config import Config, DataConfig, ModelConfig, nearest, typed
 from sam_repro.data.evalsets import SETS, canonical
 from sam_repro.distributed import init_ranks
 from sam_repro.errors import UserError
 from sam_repro.evaluate import evaluate_sets
+from sam_repro.initial import read_weights
 from sam_repro.models import build_model
 from sam_repro.objective import forward_of
 
@@ -106,19 +105,6 @@ def read_config(path: Path) -> Config:
         return typed(OmegaConf.merge(OmegaConf.structured(Config), yaml.safe_load(path.read_text())))
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not this version's configuration: {str(error).splitlines()[0]}") from None
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """timm-named weights of a run's directory, a checkpoint or a .safetensors file, in fp32 where floating."""
-    path = path / "model.safetensors" if path.is_dir() else path
-    try:
-        if path.suffix == ".pt":
-            state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        else:
-            state = load_file(path)
-    except Exception as error:  # each library has its own for a missing or damaged file
-        raise UserError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 
 
 def data_of(model: nn.Module) -> DataConfig:

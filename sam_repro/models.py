@@ -10,6 +10,7 @@ from timm.layers.weight_init import lecun_normal_
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
+from sam_repro.cifar_models import CIFAR_MODELS
 from sam_repro.config import ModelConfig, nearest
 from sam_repro.errors import UserError
 from sam_repro.optim.grouped import linear
@@ -77,6 +78,8 @@ def create(name: str, kwargs: dict) -> nn.Module:
     """timm.create_model, and the Mixers of every size."""
     if kwargs.get("act_layer") == "gelu_tanh":  # flax's GELU is the tanh approximation; Mixers take no name
         kwargs = kwargs | {"act_layer": partial(nn.GELU, approximate="tanh")}
+    if name in CIFAR_MODELS:
+        return CIFAR_MODELS[name](**kwargs)
     if name in MIXERS:
         return MlpMixer(**(MIXERS[name] | kwargs))
     if not timm.is_model(name):

@@ -13,6 +13,7 @@ import hydra
 import numpy as np
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,7 @@ from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import Ranks, init_ranks
 from sam_repro.errors import UserError
 from sam_repro.evaluate import count_correct, evaluate_sets
+from sam_repro.initial import start_from
 from sam_repro.lock import RunLock
 from sam_repro.log import RunLog, read_log
 from sam_repro.models import build_model
@@ -36,8 +38,11 @@ from sam_repro.summary import curves, rates, report
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
 
 
-def main(cfg: Config) -> ledger.Row:
+def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
     """Train, evaluate and write the ledger row of `cfg`; resume or return the row where there is one.
+
+    Args:
+        overrides: what was typed after train.py, for the row to say how the run is repeated.
 
     Returns:
         the ledger row: status "done" or "diverged", counts, curves, provenance.
@@ -80,6 +85,7 @@ def main(cfg: Config) -> ledger.Row:
         ).to(ranks.device)
         if cfg.model.family == "resnet" and ranks.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)  # the layout that tensor cores convolve in
+        started = [start_from(model, cfg.init)] if cfg.init else []
         step = gradient_step(cfg, model, ranks, local_batch=local_batch, steps_per_epoch=steps_per_epoch, bf16=bf16)
         if isinstance(step.before, PowerIteration) and cfg.optim.eigen_images == "fixed":
             step.before.fix(*(t.clone() for t in next(iter(train_loader.epoch(0, 0)))))
@@ -106,7 +112,7 @@ def main(cfg: Config) -> ledger.Row:
             step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
-        for sentence in damaged:
+        for sentence in started + damaged:
             log.say(sentence)
         log.say(
             f"{name}: {total} steps of {cfg.recipe.batch_size} images ({total / steps_per_epoch:.1f} epochs) on "
@@ -207,7 +213,7 @@ def main(cfg: Config) -> ledger.Row:
             "evals": counts,
             "config": to_dict(cfg),
             "config_hash": config_hash(cfg),
-            "overrides": overrides(),
+            "overrides": overrides or [],
             "manifest": train_loader.manifest,
             "backend": train_loader.backend,
             "m": step.m,
@@ -334,8 +340,8 @@ def hardware(ranks: Ranks) -> str:
     return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU {ledger.cpu_name()}"
 
 
-def overrides() -> list[str]:
-    """What was typed after train.py, to repeat the run."""
+def typed_overrides() -> list[str]:
+    """The key=value words of this process's command line."""
     return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
 
 
@@ -350,7 +356,8 @@ def cli() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def run(cfg: DictConfig) -> None:
-        statuses.append(main(typed(cfg))["status"])
+        task = list(HydraConfig.get().overrides.task)
+        statuses.append(main(typed(cfg), task)["status"])
 
     try:
         run()
@@ -358,7 +365,7 @@ def cli() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, overrides())}", file=sys.stderr)
+        print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
         sys.exit(2)
     if "diverged" in statuses:
         sys.exit(3)

@@ -1,0 +1,59 @@
+"""Start from given weights: `init=<run directory or .safetensors file>`, for fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from sam_repro.errors import UserError
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """timm-named weights of a run's directory, a checkpoint or a .safetensors file, in fp32 where floating."""
+    path = Path(path).expanduser()
+    path = path / "model.safetensors" if path.is_dir() else path
+    try:
+        if path.suffix == ".pt":
+            state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        else:
+            state = load_file(path)
+    except Exception as error:  # each library has its own for a missing or damaged file
+        raise UserError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def start_from(model: nn.Module, path: str | Path) -> str:
+    """Load the weights at `path` into `model`; say in one sentence what was adapted.
+
+    The head stays as it is where the number of classes differs. Position embeddings are interpolated (bicubic) where
+    the resolution differs.
+
+    Raises:
+        UserError: if the file cannot be read or is of another network.
+    """
+    weights, adapted = read_weights(path), []
+    own = model.state_dict()
+    head = model.get_classifier()  # pyright: ignore[reportCallIssue]
+    heads = [name for name, module in model.named_modules() if module is head]
+    for name in [f"{prefix}.{kind}" for prefix in heads for kind in ("weight", "bias")]:
+        if name not in weights or weights[name].shape != own[name].shape:
+            weights[name] = own[name]
+            adapted += [] if name.endswith("bias") else ["a new head"]
+    if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].shape != own["pos_embed"].shape:
+        theirs, ours = weights["pos_embed"].shape, own["pos_embed"].shape
+        side, old = ((shape[1] - model.num_prefix_tokens) ** 0.5 for shape in (ours, theirs))
+        if ours[-1] == theirs[-1] and side % 1 == old % 1 == 0:
+            weights["pos_embed"] = resample_abs_pos_embed(
+                weights["pos_embed"], [int(side)] * 2, num_prefix_tokens=model.num_prefix_tokens
+            )
+            adapted.append(f"position embeddings from {int(old)}x{int(old)} to {int(side)}x{int(side)}")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"init={path} is of another network: {reason[:300]}") from None
+    return f"started from {path}" + (f" with {' and '.join(adapted)}" if adapted else "")
