@@ -210,7 +210,11 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 
 
 def config_hash(cfg: Config) -> str:
-    """Eight hexadecimal digits of the configuration without its machine-only keys and its seed."""
+    """Eight hexadecimal digits of the configuration without its machine-only keys and its seed.
+
+    Only what differs from the schema's defaults counts, so that a new field does not rename the runs of before. A
+    default that changes results must therefore never be changed in place.
+    """
     tree = to_dict(cfg)
     for key in MACHINE_KEYS:
         node, parts = tree, key.split(".")
@@ -218,7 +222,21 @@ def config_hash(cfg: Config) -> str:
             node = node[part]
         del node[parts[-1]]
     del tree["seed"]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    told = different(tree, to_dict(Config()))
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def different(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The part of a tree that differs from another."""
+    told = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(default.get(key), dict):
+            value = different(value, default[key])
+            if value:
+                told[key] = value
+        elif key not in default or value != default[key]:
+            told[key] = value
+    return told
 
 
 def run_id(cfg: Config) -> str:

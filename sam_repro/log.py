@@ -65,7 +65,7 @@ class RunLog:
             self.bar.set_postfix_str(shown)
         if self.wandb is not None:
             try:
-                self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+                self.wandb.log(metrics_of(record), step=record["step"])
             except Exception as error:  # tracking must never stop a run
                 warnings.warn(f"W&B logging failed and is off from here: {error}", stacklevel=1)
                 self.wandb = None
@@ -78,7 +78,7 @@ class RunLog:
         self.file.close()
         if self.wandb is not None:
             try:
-                self.wandb.finish(quiet=True)
+                self.wandb.finish()
             except Exception as error:
                 warnings.warn(f"W&B did not finish: {error}", stacklevel=1)
 
@@ -86,6 +86,13 @@ class RunLog:
 def finite(value: Any) -> Any:
     """None for a NaN or an infinity, the value itself otherwise."""
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def metrics_of(record: Record) -> dict[str, Any]:
+    """A log record as W&B metrics: accuracies in % under the name of their set, no nulls."""
+    if "eval" in record:
+        return {f"{record['eval']}/accuracy": 100 * record["correct"] / record["total"]}
+    return {k: v for k, v in record.items() if k != "step" and v is not None}
 
 
 def summary(record: Record) -> str:

@@ -29,9 +29,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(torch.bfloat16)
     if groups > 1 and weight.stride(0) == 0:
         return SharedLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
-    # bmm and a separate sum, not baddbmm: that would first copy the bias over the whole output.
-    y = torch.bmm(x.reshape(groups, -1, x.shape[-1]), weight.transpose(1, 2))
-    return (y if bias is None else y + bias[:, None]).reshape(*x.shape[:-1], out)
+    flat = x.reshape(groups, -1, x.shape[-1])
+    if bias is None:
+        y = torch.bmm(flat, weight.transpose(1, 2))
+    else:
+        y = torch.baddbmm(bias[:, None], flat, weight.transpose(1, 2))
+    return y.reshape(*x.shape[:-1], out)
 
 
 class SharedLinear(torch.autograd.Function):

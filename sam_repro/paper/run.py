@@ -125,10 +125,9 @@ class Queue:
 
     def train(self, main: Any, r: Run) -> Row:
         """One run, as `python train.py <overrides>` would do it."""
-        sys.argv[1:] = r.overrides  # the row records what was typed after train.py
         if self.ledger_dir is not None:
             r.config.log.ledger_dir = str(self.ledger_dir)
-        return main(r.config)
+        return main(r.config, list(r.overrides))
 
     def note(self, number: int, frame: Any) -> None:
         """A signal between two runs; during a run train.py's own handler takes it."""

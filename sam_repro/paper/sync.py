@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from sam_repro.errors import UserError
-from sam_repro.log import Record, read_log
+from sam_repro.log import metrics_of, read_log
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -51,13 +51,6 @@ def has_key() -> bool:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
     return bool(os.environ.get("WANDB_API_KEY")) or known
-
-
-def metrics_of(record: Record) -> dict[str, Any]:
-    """A log record as W&B metrics: accuracies in % under the name of their set, no nulls."""
-    if "eval" in record:
-        return {f"{record['eval']}/accuracy": 100 * record["correct"] / record["total"]}
-    return {k: v for k, v in record.items() if k != "step" and v is not None}
 
 
 def replay(folder: Path, *, project: str | None, entity: str | None, mode: str) -> str:

@@ -26,20 +26,19 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     """Replaces sam_repro.train: writes a row at once; the run ids in `diverge` or `stop` end as named."""
     names: Trained = []
 
-    def train(cfg: Config) -> dict:
+    def train(cfg: Config, overrides: list[str]) -> dict:
         name = run_id(cfg)
         names.append(name)
         if "-sam-s1" in name and os.environ.get("STOP"):
             raise Interrupted(128 + signal.SIGTERM)
         status = "diverged" if "-sam-s0" in name and os.environ.get("DIVERGE") else "done"
-        row = fake_row(Run(name, tuple(sys.argv[1:]), cfg), 300, status=status)
+        row = fake_row(Run(name, tuple(overrides), cfg), 300, status=status)
         ledger.write_row(cfg.log.ledger_dir, row)
         return row
 
     module = types.ModuleType("sam_repro.train")
     module.main = train
     monkeypatch.setitem(sys.modules, "sam_repro.train", module)
-    monkeypatch.setattr(sys, "argv", ["sam-repro"])
     return names
 
 
