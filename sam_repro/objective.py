@@ -45,10 +45,18 @@ def forward_of(
 
 
 def loss_of(cfg: Config) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits (B, classes), labels (B,)) -> mean loss. Sigmoid: sum over classes of binary cross-entropies."""
+    """(logits (B, classes), labels (B,)) -> mean loss. Sigmoid: sum over classes of binary cross-entropies.
+
+    With mixup the labels are targets (B, classes).
+    """
     if cfg.recipe.loss == "softmax":
         return lambda z, y: F.cross_entropy(z, y, label_smoothing=cfg.recipe.label_smoothing)
-    return lambda z, y: (F.softplus(z).sum(1) - z.gather(1, y[:, None]).squeeze(1)).mean()
+
+    def sigmoid(z: Tensor, y: Tensor) -> Tensor:
+        chosen = (z * y).sum(1) if y.ndim == 2 else z.gather(1, y[:, None]).squeeze(1)
+        return (F.softplus(z).sum(1) - chosen).mean()
+
+    return sigmoid
 
 
 def gradient_step(
@@ -103,7 +111,7 @@ def gradient_step(
     if o.perturb == "eigen":
         method["before"] = PowerIteration(
             perturbation, curved_objective(cfg, model, ranks), params, buffers=buffers,
-            every=o.k, iterations=o.p, images=o.eigen_images, m=m, seed=cfg.seed,
+            every=o.k, iterations=o.p, images=o.eigen_images, tf32=o.eigen_tf32, m=m, seed=cfg.seed,
             per_epoch=steps_per_epoch if o.faithful_release else 0, **peers,
         )  # fmt: skip
     if o.every > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 from sam_repro import checkpoint, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
 from sam_repro.data import Loader, build_loader, resolve_backend
+from sam_repro.data.augment import mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import Ranks, init_ranks
 from sam_repro.errors import UserError
@@ -152,6 +154,9 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             for group in base.param_groups:
                 group["lr"] = lr
             rho = rho_of(cfg, lr)
+            if cfg.augment.mixup:
+                mix = {"p": cfg.augment.mixup, "classes": cfg.data.num_classes, "m": math.gcd(cfg.optim.m, local_batch)}
+                images, labels = mixup(images, labels, **mix, seed=cfg.seed, step=done, rank=ranks.rank)
             totals += step(images, labels, rho=rho, seed=step_seed(cfg.seed, done))
             if cfg.recipe.clip:
                 step.clip_(cfg.recipe.clip)

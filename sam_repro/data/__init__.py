@@ -106,7 +106,8 @@ def build_loader(
     if training and len(plan) == 0:
         source.close()
         raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
-    return _loader(source, plan, geometry, ffcv=backend == "ffcv", workers=data.workers, device=device)
+    more = {"workers": data.workers, "device": device, "magnitude": augment.randaugment if training else 0}
+    return _loader(source, plan, geometry, ffcv=backend == "ffcv", **more)
 
 
 def build_set_loader(
@@ -121,14 +122,21 @@ def build_set_loader(
 
 
 def _loader(
-    source: Source, plan: Plan, geometry: Geometry, *, ffcv: bool, workers: int, device: torch.device
+    source: Source,
+    plan: Plan,
+    geometry: Geometry,
+    *,
+    ffcv: bool,
+    workers: int,
+    device: torch.device,
+    magnitude: int = 0,
 ) -> Loader:
-    workers = worker_count(workers, plan.world)
+    threads = worker_count(workers, plan.world)
     if ffcv and isinstance(source, BetonSource):
         from sam_repro.data.ffcv_loader import FFCVLoader  # importing ffcv takes seconds: only when it is used
 
-        return FFCVLoader(source, plan, geometry, workers=workers, device=device)
-    return TorchLoader(source, plan, geometry, workers=workers, device=device)
+        return FFCVLoader(source, plan, geometry, workers=threads, device=device, magnitude=magnitude)
+    return TorchLoader(source, plan, geometry, workers=threads, device=device, magnitude=magnitude)
 
 
 def _members(labels: np.ndarray, data: DataConfig, split: str) -> np.ndarray:

@@ -25,6 +25,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
+from sam_repro.data.augment import rand_augment
 from sam_repro.data.batches import AHEAD, empty_batch, start_batch, upload
 from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.crop import Geometry, render
@@ -136,9 +137,17 @@ class FFCVLoader:
     backend = "ffcv"
 
     def __init__(
-        self, source: BetonSource, plan: Plan, geometry: Geometry, *, workers: int, device: torch.device
+        self,
+        source: BetonSource,
+        plan: Plan,
+        geometry: Geometry,
+        *,
+        workers: int,
+        device: torch.device,
+        magnitude: int = 0,
     ) -> None:
         self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
+        self.magnitude = magnitude  # of RandAugment
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.scratch = threading.local()
@@ -224,6 +233,9 @@ class FFCVLoader:
         )
         for k in np.flatnonzero(failed):  # a warning or an error: OpenCV decides, and names the sample
             render(self.source.read(indices[k]), out[k], self.geometry, self.plan.seed, epoch, indices[k])
+        if self.magnitude:
+            for index, target in zip(indices, out, strict=True):
+                rand_augment(target, self.magnitude, seed=self.plan.seed, epoch=epoch, index=index)
 
 
 def _next(iterator: EpochIterator) -> tuple | None:

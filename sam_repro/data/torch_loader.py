@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam_repro.data.augment import rand_augment
 from sam_repro.data.batches import AHEAD, empty_batch, start_batch, upload
 from sam_repro.data.crop import Geometry, render
 from sam_repro.data.datasets import Source
@@ -21,8 +22,18 @@ class TorchLoader:
 
     backend = "torch"
 
-    def __init__(self, source: Source, plan: Plan, geometry: Geometry, *, workers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        geometry: Geometry,
+        *,
+        workers: int,
+        device: torch.device,
+        magnitude: int = 0,
+    ) -> None:
         self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
+        self.magnitude = magnitude  # of RandAugment
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
@@ -63,3 +74,5 @@ class TorchLoader:
     def _fill(self, indices: np.ndarray, out: np.ndarray, epoch: int) -> None:
         for index, target in zip(indices, out, strict=True):
             render(self.source.read(index), target, self.geometry, self.plan.seed, epoch, index)
+            if self.magnitude:
+                rand_augment(target, self.magnitude, seed=self.plan.seed, epoch=epoch, index=index)
