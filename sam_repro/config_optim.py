@@ -40,7 +40,8 @@ class OptimConfig:
     k: int = 100  # eigen: steps between estimates of the eigenvector
     p: int = 5  # eigen: power iterations an estimate
     eigen_alpha: float | None = None  # eigen: weight of the eigenvector; null: alpha, which ascent may want for itself
-    eigen_images: str = "batch"  # eigen: estimate on the step's batch | group (m images) | fixed (the first batch)
+    eigen_images: str = "group"  # eigen: estimate on m images of the step | batch (all) | fixed (the first batch)
+    eigen_tf32: bool = False  # eigen: let a GPU's products use TF32, several times faster
     eigen_mode: str = "eval"  # eigen: estimate in eval mode, as the release | train
     renormalise: str = "none"  # eigen: none (as the release) | v_perp, to length 1 | sum, to length rho
     faithful_release: bool = False  # eigen: count k inside the epoch; perturb by rho g before the first estimate (D-29)
@@ -61,7 +62,7 @@ WORDS = {
     "combine": ("robust", "ascent", "min_f_h", "weighted", "wsam", "cr"),
     "groups": ("auto", "loop", "batched"),
     "rho_schedule": ("lr", "constant"),
-    "eigen_images": ("batch", "group", "fixed"),
+    "eigen_images": ("group", "batch", "fixed"),
     "eigen_mode": ("eval", "train"),
     "renormalise": ("none", "v_perp", "sum"),
 }

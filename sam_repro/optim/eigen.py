@@ -21,7 +21,7 @@ class PowerIteration:
     release, which however counts inside an epoch (`per_epoch`; D-29). v goes to the eigenvector of largest |lambda|.
     The start is drawn from a seed and products are summed over the ranks, so that v is the same on all of them.
 
-    Products are made in float32 (float64 for float64 parameters) with TF32 and autocast off, and with the unfused
+    Products are made in float32 (float64 for float64 parameters), TF32 and autocast off, and with the unfused
     attention kernel, since fused attention cannot be differentiated twice. All of this ends with the product.
 
     Args:
@@ -30,7 +30,8 @@ class PowerIteration:
             that the Hessian is wanted in. It gets throw-away copies of the buffers.
         params, buffers: as the step's.
         every, iterations: k and p.
-        images: "batch" (the step's, all ranks) | "group" (rank 0's first m images) | "fixed" (those given to `fix`).
+        images: "group" (rank 0's first m images) | "batch" (the step's, all ranks) | "fixed" (those given to `fix`).
+        tf32: allow TF32 in products on a GPU, whose relative error is then about 1e-3.
         m: images a pass; 0 takes all at once. One pass keeps its graph for all p products.
         per_epoch: count steps modulo this number; 0 counts all steps.
         seed: of the first v, and of dropout masks in train mode.
@@ -49,7 +50,8 @@ class PowerIteration:
         buffers: Mapping[str, Tensor] | None = None,
         every: int = 100,
         iterations: int = 5,
-        images: str = "batch",
+        images: str = "group",
+        tf32: bool = False,
         m: int = 0,
         per_epoch: int = 0,
         seed: int = 0,
@@ -59,11 +61,11 @@ class PowerIteration:
     ):
         if every < 1 or iterations < 1:
             raise ValueError(f"power iteration every k={every} steps with p={iterations} products: both at least 1")
-        if images not in ("batch", "group", "fixed"):
-            raise ValueError(f"unknown images '{images}' for the eigenvector: batch, group, fixed")
+        if images not in ("group", "batch", "fixed"):
+            raise ValueError(f"unknown images '{images}' for the eigenvector: group, batch, fixed")
         self.eigen, self.objective, self.params, self.buffers = eigen, objective, dict(params), dict(buffers or {})
         self.every, self.iterations, self.images, self.m, self.per_epoch = every, iterations, images, m, per_epoch
-        self.seed, self.all_reduce, self.rank, self.world = seed, all_reduce, rank, world
+        self.tf32, self.seed, self.all_reduce, self.rank, self.world = tf32, seed, all_reduce, rank, world
         self.fixed: tuple[Tensor, ...] | None = None
         self.calls, self.products, self.seconds, self.eigenvalue = 0, 0, 0.0, 0.0
 
@@ -83,7 +85,7 @@ class PowerIteration:
         start = self._clock()
         v = self.eigen.v or self._start()
         gpus = [v[0].device] if v[0].is_cuda else []
-        with exact_arithmetic(v[0].device), torch.random.fork_rng(gpus):
+        with exact_arithmetic(v[0].device, tf32=self.tf32), torch.random.fork_rng(gpus):
             graphs = self._graphs(batch)
             for _ in range(self.iterations):
                 hv = self._product(v, graphs)
@@ -181,11 +183,11 @@ class PowerIteration:
 
 
 @contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Full fp32 products and an attention that can be differentiated twice, inside the block only."""
+def exact_arithmetic(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
+    """fp32 arithmetic (or TF32) and an attention that can be differentiated twice, inside the block only."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
             yield
