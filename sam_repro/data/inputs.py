@@ -204,7 +204,7 @@ def arrays(src: Path, download: bool = False) -> Splits:
     try:
         with np.load(src) as file:
             content = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # zip, pickle and numpy each have their own for a damaged file
         raise UserError(f"cannot read {src}: {error}") from None
     result: Splits = {}
     for split, prefix in (("train", "train"), ("val", "test")):
