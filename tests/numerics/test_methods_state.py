@@ -12,7 +12,17 @@ from problems import quadratic, vector
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sam_repro.optim import EntropySGD, EveryK, GradientStep, PowerIteration, build_base, build_perturbation
+from sam_repro.optim import (
+    COMBINATIONS,
+    PERTURBATIONS,
+    EntropySGD,
+    EveryK,
+    GradientStep,
+    PowerIteration,
+    SharpnessAware,
+    build_base,
+    build_perturbation,
+)
 from sam_repro.optim.perturb import Eigen
 
 METHODS = ["friendly", "vasso", "eigen", "random", "looksam", "friendly_looksam", "wsam", "cr", "entropy_sgd"]
@@ -304,3 +314,33 @@ def test_adabelief_is_the_authors_formula():
 def test_unfit_base_optimizers_are_one_sentence(name):
     with pytest.raises(ValueError, match=f"unknown base optimizer '{name}': sgd, adam, adamw, adabelief, or a class"):
         build_base(name, [{"params": [nn.Parameter(torch.ones(1))]}], lr=0.1)
+
+
+# ---- the drop-in optimizer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combine", list(COMBINATIONS))
+@pytest.mark.parametrize("perturb", [name for name in PERTURBATIONS if name != "random"])
+def test_the_drop_in_optimizer_takes_every_name(perturb, combine):
+    """Two steps of the drop-in optimizer and of the engine, one group: the same weights, the same memory."""
+    h = torch.tensor([[1.0, 10.0]], dtype=torch.float64)
+    ours, theirs = (vector(1, 1).requires_grad_() for _ in range(2))
+    step = GradientStep(quadratic, {"w": ours}, perturb=perturb, combine=combine, alpha=0.3)
+    base = torch.optim.SGD([ours], lr=0.01)
+    drop_in = SharpnessAware([theirs], torch.optim.SGD, lr=0.01, rho=0.1, perturb=perturb, combine=combine, alpha=0.3)
+    for engine in (step, drop_in):
+        if perturb == "eigen":
+            engine.perturb.v = [vector(0.6, 0.8)]
+    for _ in range(2):
+        step(h, rho=0.1)
+        base.step()
+        quadratic({"w": theirs}, h).backward()
+        with drop_in.robust_pass():
+            quadratic({"w": theirs}, h).backward()
+        drop_in.step()
+        drop_in.zero_grad()
+    assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=0)
+    assert (
+        drop_in.state_dict()["sharpness_aware"].get("perturb", {}).keys()
+        == getattr(step.perturb, "state_dict", dict)().keys()
+    )
