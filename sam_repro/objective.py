@@ -15,7 +15,7 @@ from sam_repro.config_optim import OptimConfig
 from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
 from sam_repro.models import PatchLinear
-from sam_repro.optim import COMBINATIONS, EntropySGD, EveryK, GradientStep, PowerIteration, build_perturbation
+from sam_repro.optim import COMBINATIONS, Eigen, EntropySGD, EveryK, GradientStep, PowerIteration, build_perturbation
 from sam_repro.optim.grouped import accept_groups, spread_loose
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's statistics, by name
@@ -108,12 +108,12 @@ def gradient_step(
             sigma=o.sigma, lam=o.lam, theta=o.theta, alpha=o.alpha if o.eigen_alpha is None else o.eigen_alpha,
             renormalise=o.renormalise, faithful=o.faithful_release,
         )  # fmt: skip
-    if o.perturb == "eigen":
-        method["before"] = PowerIteration(
-            perturbation, curved_objective(cfg, model, ranks), params, buffers=buffers,
-            every=o.k, iterations=o.p, images=o.eigen_images, tf32=o.eigen_tf32, m=m, seed=cfg.seed,
-            per_epoch=steps_per_epoch if o.faithful_release else 0, **peers,
-        )  # fmt: skip
+        if isinstance(perturbation, Eigen):
+            method["before"] = PowerIteration(
+                perturbation, curved_objective(cfg, model, ranks), params, buffers=buffers,
+                every=o.k, iterations=o.p, images=o.eigen_images, tf32=o.eigen_tf32, m=m, seed=cfg.seed,
+                per_epoch=steps_per_epoch if o.faithful_release else 0, **peers,
+            )  # fmt: skip
     if o.every > 1:
         return EveryK(objective, params, every=o.every, reuse=o.reuse, **method)
     return GradientStep(objective, params, **method)

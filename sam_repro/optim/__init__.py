@@ -5,7 +5,7 @@ from sam_repro.optim.cadence import EveryK
 from sam_repro.optim.combine import COMBINATIONS, THREE_PASSES
 from sam_repro.optim.eigen import PowerIteration
 from sam_repro.optim.entropy_sgd import EntropySGD
-from sam_repro.optim.perturb import PERTURBATIONS, build_perturbation
+from sam_repro.optim.perturb import PERTURBATIONS, Eigen, build_perturbation
 from sam_repro.optim.schedule import lr_at, rho_at
 from sam_repro.optim.step import METRICS, GradientStep
 from sam_repro.optim.wrapper import ASAM, GSAM, SAM, EigenSAM, SharpnessAware
@@ -18,6 +18,7 @@ __all__ = [
     "PERTURBATIONS",
     "SAM",
     "THREE_PASSES",
+    "Eigen",
     "EigenSAM",
     "EntropySGD",
     "EveryK",

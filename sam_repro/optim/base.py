@@ -47,7 +47,7 @@ def build_base(
     """
     options: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
     if name == "adabelief":
-        from timm.optim import AdaBelief  # the one base optimizer that torch lacks
+        from timm.optim.adabelief import AdaBelief  # the one base optimizer that torch lacks
 
         return AdaBelief(groups, lr=lr, betas=betas, eps=eps, decoupled_decay=True, rectify=False)
     classes = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and n not in UNFIT}
