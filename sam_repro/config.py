@@ -92,6 +92,7 @@ class DataConfig:
     eval_resize: int = 256  # evaluation: short side before the centre crop; equal to image_size means no margin
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])  # of pixels in [0, 1]; .5, .5: range [-1, 1]
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])  # likewise
+    label_noise: float = 0.0  # training: the fraction of labels replaced by another class, uniformly
     train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
     backend: str = "auto"  # ffcv | torch | auto
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
@@ -324,6 +325,8 @@ def validate(cfg: Config) -> None:
     check_method(cfg.optim)
     if not 0 < cfg.recipe.lr_min_ratio <= 1:
         raise UserError(f"recipe.lr_min_ratio={cfg.recipe.lr_min_ratio} must lie in (0, 1]")
+    if not 0 <= cfg.data.label_noise < 1 or (cfg.data.label_noise and cfg.data.num_classes < 2):
+        raise UserError(f"data.label_noise={cfg.data.label_noise} must lie in [0, 1), with two classes or more")
     if not 0 < cfg.data.train_fraction <= 1:
         raise UserError(f"data.train_fraction={cfg.data.train_fraction} must lie in (0, 1]")
     if cfg.recipe.steps is not None and cfg.recipe.steps < 1:

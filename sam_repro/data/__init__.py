@@ -16,7 +16,7 @@ from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.crop import Geometry, evaluation_geometry, training_geometry
 from sam_repro.data.datasets import BetonSource, Source, ensure, open_source, root_of
 from sam_repro.data.evalsets import EvalSet
-from sam_repro.data.order import Plan, holdout
+from sam_repro.data.order import Plan, holdout, noisy
 from sam_repro.data.torch_loader import TorchLoader
 from sam_repro.errors import UserError
 
@@ -103,6 +103,8 @@ def build_loader(
     geometry = training_geometry(data, augment) if training else evaluation_geometry(data)
     source = open_source(data, "val" if split == "val" else "train")
     plan = Plan(_members(source.labels, data, split), batch_size, seed, training, rank, world)
+    if training and data.label_noise:  # after the split, which goes by the true labels
+        source.labels = noisy(source.labels, data.label_noise, data.num_classes)
     if training and len(plan) == 0:
         source.close()
         raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")

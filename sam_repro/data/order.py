@@ -9,6 +9,7 @@ import numpy as np
 from sam_repro.data.crop import hashes
 
 ORDER_TAG = 0x6F72646572  # separates the stream of the order from the augmentation's
+NOISE_TAG = 0x6E6F697365  # which labels are wrong is the same for every seed and method
 HOLDOUT_TAG = 0x6D696E6976616C  # minival is the same for every seed
 
 
@@ -28,6 +29,15 @@ def holdout(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray
     rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     held = rank_in_class < np.floor(counts * (1.0 - fraction) + 0.5)[labels[by_class]]
     return np.sort(by_class[~held]), np.sort(by_class[held])
+
+
+def noisy(labels: np.ndarray, fraction: float, classes: int) -> np.ndarray:
+    """Labels of which exactly `fraction` (rounded) are replaced by another class, uniformly: symmetric noise."""
+    wrong = np.argsort(hashes(NOISE_TAG, 0, len(labels)), kind="stable")[: round(fraction * len(labels))]
+    shift = 1 + hashes(NOISE_TAG, 1, len(labels))[wrong].astype(np.uint64) % np.uint64(classes - 1)
+    labels = labels.copy()
+    labels[wrong] = (labels[wrong] + shift.astype(labels.dtype)) % classes
+    return labels
 
 
 @dataclass(frozen=True)

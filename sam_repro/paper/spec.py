@@ -24,7 +24,7 @@ rows:     list of
     series, x: the line and the abscissa in a figure of kind `sweep`
     grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it, and
                `series: "alpha {optim_alpha}"` its name
-    after:     <table>:<row id> whose trained weights the run starts from, seed by seed (model.weights=<run id>)
+    after:     <table>:<row id> whose trained weights the run starts from, seed by seed (init=<its run directory>)
 figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title, log_x}
 """
 
@@ -248,7 +248,7 @@ def runs_of(table: Table, row: TableRow, *, seeds: int | None = None, extra: Ite
         starts = start_runs(row.after, len(starts), extra)
     found = []
     for seed, start in enumerate(starts):
-        point = row.point | ({"model.weights": start.run_id} if start else {})
+        point = row.point | ({"init": f"{start.config.log.runs_dir}/{start.run_id}"} if start else {})
         config = replace(compose_point(overrides, point), seed=seed)
         typed = (*overrides, *(f"{k}={v}" for k, v in point.items()), f"seed={seed}")
         found.append(Run(run_id(config), typed, config, start))

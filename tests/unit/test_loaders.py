@@ -16,6 +16,7 @@ from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data import build_loader, ensure, resolve_backend
 from sam_repro.data.beton import METADATA_AT, BetonFile, write_beton
 from sam_repro.data.manifest import write_manifest
+from sam_repro.data.order import noisy
 from sam_repro.errors import UserError
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
@@ -194,6 +195,7 @@ import sys, numpy as np, torch
 from pathlib import Path
 from sam_repro.data import build_loader
 from sam_repro.data.manifest import write_manifest
+from sam_repro.data.order import noisy
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.errors import UserError
 source, target, backend = sys.argv[1:]
@@ -306,3 +308,13 @@ def test_a_manifest_with_too_few_classes_is_refused(root, tmp_path):
     (tmp_path / "train.beton").write_bytes(content)
     with pytest.raises(UserError, match="is not the file"):
         make(config(tmp_path, num_classes=2))
+
+
+def test_symmetric_label_noise_is_exact_and_uniform():
+    labels = np.arange(60_000) % 10
+    noisy_labels = noisy(labels, 0.2, 10)
+    wrong = noisy_labels != labels
+    assert wrong.sum() == 12_000 and noisy_labels.min() == 0 and noisy_labels.max() == 9
+    shifts = np.bincount((noisy_labels - labels)[wrong] % 10, minlength=10)
+    assert shifts[0] == 0 and abs(shifts[1:] - 12_000 / 9).max() < 5 * np.sqrt(12_000 / 9)
+    assert (noisy(labels, 0.2, 10) == noisy_labels).all()

@@ -6,28 +6,10 @@ import re
 
 import pytest
 
-from sam_repro.config import Config, choices, compose_config, fields_of, validate
-from sam_repro.errors import UserError
+from sam_repro.config import Config, compose_config, validate
 from sam_repro.paper import check
 from sam_repro.paper.check import table4_problems
 from sam_repro.paper.spec import UNREADABLE, Run, load_table, runs_of, table_names
-
-# What the configurations do not have yet. A name that has arrived fails the test below until it is taken off here.
-EXPECTED_PENDING = {
-    "optim": ["weighted", "min_f_h", "asam", "asam_ascent", "entropy_sgd", "eigen_sam", "cr_sam", "fisher_sam"],
-    "data": ["cifar10", "cifar100", "flowers", "pets"],
-    "recipe": ["finetune", "cifar"],
-    "augment": ["medium", "strong"],
-    "model": ["resnet18_cifar", "resnet50_cifar", "wrn28_10"],
-    "keys": ["optim.k", "optim.p", "data.label_noise", "model.weights"],
-    "values": ["recipe.base=adabelief"],
-}
-
-
-def is_pending(overrides: tuple[str, ...]) -> bool:
-    groups = {f"{group}={name}" for group, names in EXPECTED_PENDING.items() for name in names}
-    keys = EXPECTED_PENDING["keys"]
-    return any(o in groups or o in EXPECTED_PENDING["values"] or o.split("=")[0] in keys for o in overrides)
 
 
 @pytest.mark.parametrize("name", table_names())
@@ -35,28 +17,11 @@ def test_every_override_list_composes_and_is_valid(name: str) -> None:
     table = load_table(name)
     seen: list[Run] = []
     for row in table.rows:
-        words = (*table.base, *(row.overrides or ()), *row.point, *(["model.weights"] if row.after else []))
-        if is_pending(words):
-            continue
         for run in runs_of(table, row, seeds=1):
             validate(run.config)
             seen.append(run)
     for run in seen[:1] + seen[-1:]:  # the others go through the same code
         assert run.config == compose_config(list(run.overrides))
-
-
-def test_the_list_of_what_is_pending_shrinks() -> None:
-    here = []
-    for group in ("optim", "data", "recipe", "augment", "model"):
-        here += [f"{group}={name}" for name in EXPECTED_PENDING[group] if name in choices(group)]
-    here += [key for key in EXPECTED_PENDING["keys"] if key in fields_of(Config)]
-    for value in EXPECTED_PENDING["values"]:
-        try:
-            validate(compose_config([value]))
-            here.append(value)
-        except UserError:
-            pass
-    assert not here, f"take these off EXPECTED_PENDING: {', '.join(here)}"
 
 
 def test_table_1_is_complete() -> None:
