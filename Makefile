@@ -29,7 +29,7 @@ test-gpu: $(READY) ## the tests that need an NVIDIA GPU
 lint: $(READY) ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PYTHON)
 
 format: $(READY) ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff format .

@@ -45,7 +45,7 @@ def start_from(model: nn.Module, path: str | Path) -> str:
             adapted += [] if name.endswith("bias") else ["a new head"]
     if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].shape != own["pos_embed"].shape:
         theirs, ours = weights["pos_embed"].shape, own["pos_embed"].shape
-        side, old = ((shape[1] - model.num_prefix_tokens) ** 0.5 for shape in (ours, theirs))
+        side, old = ((shape[1] - int(model.num_prefix_tokens)) ** 0.5 for shape in (ours, theirs))
         if ours[-1] == theirs[-1] and side % 1 == old % 1 == 0:
             weights["pos_embed"] = resample_abs_pos_embed(
                 weights["pos_embed"], [int(side)] * 2, num_prefix_tokens=model.num_prefix_tokens
