@@ -23,6 +23,10 @@ COMMANDS = {
     "figures": ("sam_repro.paper.figures", "draw a table's curves"),
     "estimate": ("sam_repro.paper.estimate", "what a table costs, from measured speeds"),
     "status": ("sam_repro.paper.status", "runs done, at work and missing, table by table"),
+    "sharpness": (
+        "sam_repro.sharpness.command",
+        "eigenvalues, surrogate gap, slices of a trained run; the papers' toys",
+    ),
     "report": ("sam_repro.paper.report", "everything as one page, results/index.html"),
     "check": ("sam_repro.paper.check", "derive every published number again, and compare"),
     "sync": ("sam_repro.paper.sync", "replay the logs of runs to W&B"),
