@@ -79,6 +79,8 @@ def gradient_step(
         m = max(d for d in range(1, min(part, VANILLA_GROUP) + 1) if part % d == 0)
     if o.kind == "entropy_sgd" and part % (m or part):
         raise UserError(f"optim.m={m} does not divide the {part} images of an inner step")
+    if part % (m or part):
+        raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} a process")
     stochastic = any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules())
     compiled = ranks.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
     peers = {"all_reduce": ranks.sum_ if ranks.world > 1 else None, "rank": ranks.rank, "world": ranks.world}

@@ -21,10 +21,14 @@ def build(name: str, **kwargs):
         return cfg, build_model(cfg.model, num_classes=1000, image_size=224, loss=cfg.recipe.loss)
 
 
-@pytest.mark.parametrize("name", [n for n in choices("model") if n != "vit_digits"])
+@pytest.mark.parametrize("name", choices("model"))
 def test_parameter_counts(name):
+    """Every model that states a count has it; the twelve of Table 1 do."""
     cfg, model = build(name)
-    assert sum(p.numel() for p in model.parameters()) == cfg.model.params
+    if name.endswith(("_digits", "_cifar")) or name == "wrn28_10":
+        assert cfg.model.params == 0  # tests/unit/test_transfer.py counts those of CIFAR
+    else:
+        assert sum(p.numel() for p in model.parameters()) == cfg.model.params > 0
 
 
 def test_vit_is_the_reference_one():
