@@ -31,6 +31,9 @@ lint: $(READY) ## formatting, lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(PYTHON)
 
+check: $(READY) ## derive every published number from the ledger again and compare
+	$(VENV)/bin/sam-repro check
+
 format: $(READY) ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
@@ -38,4 +41,4 @@ format: $(READY) ## let ruff rewrite the formatting
 clean: ## remove the environment and what runs left behind
 	rm -rf $(VENV) runs data
 
-.PHONY: help install demo test test-slow test-gpu lint format clean
+.PHONY: help install demo test check test-slow test-gpu lint format clean

@@ -49,7 +49,9 @@ def descend(perturb: str, combine: str, *, rho: float, alpha: float, lr: float, 
             assert w.grad is not None
             w -= lr * w.grad
         points.append(w.detach().clone())
-    return Path(torch.stack(points), float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(surface, w.detach()))[-1]))
+    curvature = torch.autograd.functional.hessian(surface, w.detach())
+    assert isinstance(curvature, Tensor)
+    return Path(torch.stack(points), float(torch.linalg.eigvalsh(curvature)[-1]))
 
 
 def trajectories(

@@ -16,7 +16,8 @@ from sam_repro.config import choices, compose_config
 from sam_repro.log import read_log
 from sam_repro.train import main
 
-MODELS = [n for n in choices("model") if n != "wrn28_10" and not n.endswith(("_digits", "_cifar"))]  # of Table 1
+# Those of Table 1.
+MODELS = [n for n in choices("model") if n != "wrn28_10" and not n.endswith(("_digits", "_cifar"))]
 
 
 PAIRS = [(m, o) for m in MODELS for o in ("vanilla", "sam", "gsam")]
