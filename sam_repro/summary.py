@@ -34,3 +34,36 @@ def report(row: Row, path: Path) -> str:
     """The last line a person reads."""
     scores = ", ".join(f"{s} {100 * c['correct'] / c['total']:.2f} %" for s, c in row["evals"].items())
     return f"{row['run_id']} {row['status']}: {scores or 'no evaluation'} after {clock(3600 * row['hours'])}; {path}"
+
+
+def model_card(row: Row) -> str:
+    """What somebody who finds the weights needs: how they were made, what they score, how to load and repeat them."""
+    model, data = row["config"]["model"], row["config"]["data"]
+    kwargs = {k: v for k, v in model["kwargs"].items() if k not in ("weight_init",)}
+    scores = [f"| {name} | {c['correct']:,} / {c['total']:,} | {100 * c['correct'] / c['total']:.2f} % |"
+              for name, c in row["evals"].items()]  # fmt: skip
+    lines = [
+        f"# {row['run_id']}",
+        "",
+        f"{model['name']} trained on {data['name']} with {row['config']['optim']['name']}, seed {row['seed']}, "
+        f"{row['step']:,} steps of {row['config']['recipe']['batch_size']} images, groups of m = {row['m']}.",
+        "",
+        "| split | correct | top-1 |",
+        "|---|---|---|",
+        *scores,
+        "",
+        f"Commit {row['commit'][:12]}{' with uncommitted changes' if row['dirty'] else ''}, {row['world']} x "
+        f"{row['hardware']}, {row['dtype']}, {row['hours']:.3f} processor hours, torch {row['versions'].get('torch')}, "
+        f"timm {row['versions'].get('timm')}, data {row['manifest']}, finished {row['finished']}.",
+        "",
+        "Weights: `model.safetensors`, under timm's own names,",
+        "",
+        f"    timm.create_model({model['timm']!r}, num_classes={data['num_classes']}, ...)  # {kwargs}",
+        "",
+        f"for RGB images of {data['image_size']} px, normalised with mean {data['mean']} and std {data['std']}. Again:",
+        "",
+        f"    python train.py {' '.join(row['overrides'])}",
+        "",
+        "Known departures from the papers: docs/DEVIATIONS.md of sam-repro.",
+    ]
+    return "\n".join(lines) + "\n"

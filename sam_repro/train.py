@@ -13,7 +13,6 @@ from pathlib import Path
 import hydra
 import numpy as np
 import torch
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -22,20 +21,20 @@ from torch import Tensor
 
 from sam_repro import checkpoint, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
-from sam_repro.data import Loader, build_loader, resolve_backend
+from sam_repro.data import Loader, resolve_backend
 from sam_repro.data.augment import mixup
 from sam_repro.data.evalsets import canonical, require
-from sam_repro.distributed import Ranks, init_ranks
+from sam_repro.distributed import init_ranks
 from sam_repro.errors import UserError
 from sam_repro.evaluate import count_correct, evaluate_sets
 from sam_repro.initial import start_from
-from sam_repro.lock import RunLock
 from sam_repro.log import RunLog, read_log
 from sam_repro.models import build_model
 from sam_repro.objective import average_buffers, forward_of, gradient_step
 from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups, lr_at, rho_at
+from sam_repro.setup import hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
 from sam_repro.signals import Interrupted, StopSignal
-from sam_repro.summary import curves, rates, report
+from sam_repro.summary import curves, model_card, rates, report
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
 
@@ -233,6 +232,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             row["curves"] = curves(read_log(run_dir / "log.jsonl"))
             if status == "done":
                 checkpoint.export(model, run_dir / "model.safetensors", {"run_id": name, "timm": cfg.model.timm})
+                (run_dir / "model_card.md").write_text(model_card(row))
             path = ledger.write_row(cfg.log.ledger_dir, row)
             print(report(row, path), file=sys.stderr)
         return row
@@ -246,66 +246,6 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
 
 
 # ---- pieces of main ------------------------------------------------------------------------------------------------
-
-
-def use_bf16(dtype: str, device: torch.device) -> bool:
-    """Whether the passes run under bf16 autocast."""
-    supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bf16" and not supported:
-        raise UserError(f"train.dtype=bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic; use fp32")
-    return dtype == "bf16" or (dtype == "auto" and supported and device.type == "cuda")
-
-
-def seed_everything(cfg: Config, ranks: Ranks) -> None:
-    """Equal initial weights on all ranks; deterministic algorithms where asked for."""
-    torch.manual_seed(cfg.seed)
-    np.random.seed(cfg.seed)
-    if cfg.train.threads:
-        torch.set_num_threads(cfg.train.threads)
-    torch.use_deterministic_algorithms(cfg.train.deterministic)
-    torch.backends.cudnn.benchmark = not cfg.train.deterministic
-    if cfg.train.deterministic and ranks.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def open_run(cfg: Config, run_dir: Path) -> RunLock:
-    """Make the run directory, take its lock, and leave the resolved configuration in it."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(run_dir)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"cannot write in {run_dir}: {error}") from error
-    return lock
-
-
-def split_batch(cfg: Config, world: int) -> int:
-    """Images a rank, a step."""
-    local, rest = divmod(cfg.recipe.batch_size, world)
-    if rest:
-        raise UserError(f"recipe.batch_size={cfg.recipe.batch_size} does not divide over {world} processes")
-    if cfg.optim.perturb != "none" and local % cfg.optim.m:
-        raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process")
-    return local
-
-
-def loader_factory(cfg: Config, ranks: Ranks) -> Callable[..., Loader]:
-    """build_loader with everything that the splits share filled in."""
-
-    def loader_of(split: str, *, training: bool, batch_size: int) -> Loader:
-        return build_loader(
-            cfg.data,
-            cfg.augment,
-            split=split,  # pyright: ignore[reportArgumentType]
-            training=training,
-            batch_size=batch_size,
-            seed=cfg.seed,
-            rank=ranks.rank,
-            world=ranks.world,
-            device=ranks.device,
-        )
-
-    return loader_of
 
 
 def lr_schedule_of(cfg: Config, total: int) -> Callable[[int], float]:
@@ -338,11 +278,6 @@ def batches(loader: Loader, done: int, total: int) -> Iterator[tuple[Tensor, Ten
             done += 1
             if done == total:
                 return
-
-
-def hardware(ranks: Ranks) -> str:
-    """The processor that does the arithmetic."""
-    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU {ledger.cpu_name()}"
 
 
 def typed_overrides() -> list[str]:

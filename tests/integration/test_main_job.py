@@ -51,6 +51,8 @@ def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
     assert training[2]["surrogate_gap"] == pytest.approx(training[2]["loss_robust"] - training[2]["loss"], abs=1e-5)
     weights = load_file(run_dir / "model.safetensors")
     assert "blocks.0.attn.qkv.weight" in weights  # timm's own names
+    card = (run_dir / "model_card.md").read_text()
+    assert row["run_id"] in card and f"| val | {row['evals']['val']['correct']} / 64 |" in card
     before = (run_dir / "log.jsonl").read_text()
     assert "is done" in train(tmp_path, *TINY)
     assert (run_dir / "log.jsonl").read_text() == before
@@ -166,7 +168,7 @@ def test_missing_data_root(tmp_path):
 
 def test_batch_must_divide_over_the_processes(tmp_path):
     env = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    from sam_repro.train import split_batch
+    from sam_repro.setup import split_batch
 
     cfg = compose_config([*TINY])
     with pytest.raises(ValueError, match="recipe.batch_size=32 does not divide over 3 processes"):

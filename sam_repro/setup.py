@@ -1,0 +1,83 @@
+"""What a run needs before its first step: precision, seeds, its directory, its share of the batch, its loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from sam_repro import ledger
+from sam_repro.config import Config, to_dict
+from sam_repro.data import Loader, build_loader
+from sam_repro.distributed import Ranks
+from sam_repro.errors import UserError
+from sam_repro.lock import RunLock
+
+
+def use_bf16(dtype: str, device: torch.device) -> bool:
+    """Whether the passes run under bf16 autocast."""
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bf16" and not supported:
+        raise UserError(f"train.dtype=bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic; use fp32")
+    return dtype == "bf16" or (dtype == "auto" and supported and device.type == "cuda")
+
+
+def seed_everything(cfg: Config, ranks: Ranks) -> None:
+    """Equal initial weights on all ranks; deterministic algorithms where asked for."""
+    torch.manual_seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    torch.use_deterministic_algorithms(cfg.train.deterministic)
+    torch.backends.cudnn.benchmark = not cfg.train.deterministic
+    if cfg.train.deterministic and ranks.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def open_run(cfg: Config, run_dir: Path) -> RunLock:
+    """Make the run directory, take its lock, and leave the resolved configuration in it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run_dir)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"cannot write in {run_dir}: {error}") from error
+    return lock
+
+
+def split_batch(cfg: Config, world: int) -> int:
+    """Images a rank, a step."""
+    local, rest = divmod(cfg.recipe.batch_size, world)
+    if rest:
+        raise UserError(f"recipe.batch_size={cfg.recipe.batch_size} does not divide over {world} processes")
+    if cfg.optim.perturb != "none" and local % cfg.optim.m:
+        raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process")
+    return local
+
+
+def loader_factory(cfg: Config, ranks: Ranks) -> Callable[..., Loader]:
+    """build_loader with everything that the splits share filled in."""
+
+    def loader_of(split: str, *, training: bool, batch_size: int) -> Loader:
+        return build_loader(
+            cfg.data,
+            cfg.augment,
+            split=split,  # pyright: ignore[reportArgumentType]
+            training=training,
+            batch_size=batch_size,
+            seed=cfg.seed,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=ranks.device,
+        )
+
+    return loader_of
+
+
+def hardware(ranks: Ranks) -> str:
+    """The processor that does the arithmetic."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU {ledger.cpu_name()}"
