@@ -38,11 +38,18 @@ def benchmarks_dir() -> Path:
     return Path(__file__).resolve().parents[2] / "results" / "benchmarks"
 
 
-def passes_of(cfg: Config) -> int:
-    """Forward and backward passes a step: 1 without a perturbation, 2 with one, 3 for CR-SAM's two."""
-    if cfg.optim.perturb == "none":
+def passes_of(cfg: Config) -> float:
+    """Forward and backward passes over the batch a step.
+
+    1 without a perturbation, 2 with one, 3 for CR-SAM's two; with a cadence only every k-th step. Entropy-SGD: as many
+    as it takes inner steps, each on its part of the batch.
+    """
+    o = cfg.optim
+    if o.kind == "entropy_sgd":
+        return o.inner_steps / o.inner_parts
+    if o.perturb == "none":
         return 1
-    return 3 if cfg.optim.combine == "cr" else 2
+    return 1 + (2 if o.combine == "cr" else 1) / o.every
 
 
 @cache
