@@ -94,7 +94,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])  # likewise
     label_noise: float = 0.0  # training: the fraction of labels replaced by another class, uniformly
     train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
-    backend: str = "auto"  # ffcv | torch | auto
+    backend: str = "auto"  # ffcv | torch | memory (decoded once, kept on the device) | auto
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
     antialias: bool = False  # training crop: area-average instead of plain bilinear
     eval_batch_size: int = 256  # of this rank
@@ -299,7 +299,7 @@ def validate(cfg: Config) -> None:
         "recipe.decay": ("kernels", "all"),
         "recipe.loss": ("sigmoid", "softmax"),
         "augment.crop": ("inception", "pad", "none"),
-        "data.backend": ("auto", "ffcv", "torch"),
+        "data.backend": ("auto", "ffcv", "torch", "memory"),
         "data.interpolation": ("area", "bilinear", "bicubic"),
         "train.device": ("auto", "cpu", "cuda"),
         "train.dtype": ("auto", "bf16", "fp32"),

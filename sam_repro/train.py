@@ -120,7 +120,8 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             f"{ranks.world} x {hardware(ranks)}, {'bf16' if bf16 else 'fp32'}, {train_loader.backend} loader"
             + (f", resumed at step {done}" if done else "")
         )
-        log.say(f"{train_loader.backend} loader: {resolve_backend(cfg.data)[1]}")
+        held = train_loader.backend == "memory" and cfg.data.backend == "auto"
+        log.say(f"{train_loader.backend} loader: {'it fits on the device' if held else resolve_backend(cfg.data)[1]}")
 
         def save(score: float | None = None) -> None:
             """Save everything that step `done` + 1 depends on; rank 0 writes."""

@@ -1,4 +1,4 @@
-"""Batches of images: `build_loader` gives the same samples, order and crops with or without FFCV."""
+"""Batches of images: `build_loader` gives the same samples, order and crops with FFCV, without, and from memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.crop import Geometry, evaluation_geometry, training_geometry
 from sam_repro.data.datasets import BetonSource, Source, ensure, open_source, root_of
 from sam_repro.data.evalsets import EvalSet
+from sam_repro.data.memory_loader import MemoryLoader, obstacle
 from sam_repro.data.order import Plan, holdout, noisy
 from sam_repro.data.torch_loader import TorchLoader
 from sam_repro.errors import UserError
@@ -26,7 +27,7 @@ __all__ = ["Loader", "build_loader", "build_set_loader", "ensure", "resolve_back
 class Loader(Protocol):
     """Batches of one split on one rank."""
 
-    backend: str  # ffcv | torch
+    backend: str  # ffcv | torch | memory
     samples: int  # of this split, all ranks together
     manifest: str  # 16 hexadecimal digits that name the data
 
@@ -52,10 +53,10 @@ def resolve_backend(data: DataConfig) -> tuple[str, str]:
 
     Raises UserError when data.backend forces what cannot be.
     """
-    if data.backend not in ("auto", "ffcv", "torch"):
-        raise UserError(f"data.backend={data.backend} does not exist (choices: auto, ffcv, torch)")
-    if data.backend == "torch":
-        return "torch", "data.backend=torch was asked for"
+    if data.backend not in ("auto", "ffcv", "torch", "memory"):
+        raise UserError(f"data.backend={data.backend} does not exist (choices: auto, ffcv, torch, memory)")
+    if data.backend in ("torch", "memory"):
+        return data.backend, f"data.backend={data.backend} was asked for"
     ensure(data)
     if data.name == "synthetic":
         obstacle = "synthetic images are made in memory"
@@ -108,7 +109,16 @@ def build_loader(
     if training and len(plan) == 0:
         source.close()
         raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
-    more = {"workers": data.workers, "device": device, "magnitude": augment.randaugment if training else 0}
+    magnitude = augment.randaugment if training else 0
+    if backend == "memory" or (data.backend == "auto" and device.type == "cuda"):
+        why_not = obstacle(source, plan, geometry, device, magnitude=magnitude)
+        if not why_not:
+            threads = worker_count(data.workers, world)
+            return MemoryLoader(source, plan, geometry, workers=threads, device=device)
+        if backend == "memory":
+            source.close()
+            raise UserError(f"data.backend=memory is impossible: {why_not}")
+    more = {"workers": data.workers, "device": device, "magnitude": magnitude}
     return _loader(source, plan, geometry, ffcv=backend == "ffcv", **more)
 
 
