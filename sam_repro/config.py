@@ -95,6 +95,7 @@ class DataConfig:
     label_noise: float = 0.0  # training: the fraction of labels replaced by another class, uniformly
     train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
     backend: str = "auto"  # ffcv | torch | memory (decoded once, kept on the device) | auto
+    decode: str = "auto"  # training images: cpu | gpu (its JPEG engines) | auto
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
     antialias: bool = False  # training crop: area-average instead of plain bilinear
     eval_batch_size: int = 256  # of this rank
@@ -153,6 +154,7 @@ MACHINE_KEYS = (
     "optim.groups",
     "data.root",
     "data.backend",
+    "data.decode",
     "data.workers",
     "data.eval_batch_size",
     "data.eval_sets",
@@ -300,6 +302,7 @@ def validate(cfg: Config) -> None:
         "recipe.loss": ("sigmoid", "softmax"),
         "augment.crop": ("inception", "pad", "none"),
         "data.backend": ("auto", "ffcv", "torch", "memory"),
+        "data.decode": ("auto", "cpu", "gpu"),
         "data.interpolation": ("area", "bilinear", "bicubic"),
         "train.device": ("auto", "cpu", "cuda"),
         "train.dtype": ("auto", "bf16", "fp32"),

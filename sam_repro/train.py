@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sam_repro import checkpoint, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
-from sam_repro.data import Loader, resolve_backend
+from sam_repro.data import Loader
 from sam_repro.data.augment import mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
@@ -120,8 +120,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             f"{ranks.world} x {hardware(ranks)}, {'bf16' if bf16 else 'fp32'}, {train_loader.backend} loader"
             + (f", resumed at step {done}" if done else "")
         )
-        held = train_loader.backend == "memory" and cfg.data.backend == "auto"
-        log.say(f"{train_loader.backend} loader: {'it fits on the device' if held else resolve_backend(cfg.data)[1]}")
+        log.say(f"{train_loader.backend} loader: {train_loader.reason}")
 
         def save(score: float | None = None) -> None:
             """Save everything that step `done` + 1 depends on; rank 0 writes."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data.batches import worker_count
 from sam_repro.data.beton import fits_page_cache
-from sam_repro.data.crop import Geometry, evaluation_geometry, training_geometry
-from sam_repro.data.datasets import BetonSource, Source, ensure, open_source, root_of
+from sam_repro.data.crop import PAD, Geometry, evaluation_geometry, training_geometry
+from sam_repro.data.datasets import ArraySource, BetonSource, Source, ensure, open_source, root_of
 from sam_repro.data.evalsets import EvalSet
 from sam_repro.data.memory_loader import MemoryLoader, obstacle
 from sam_repro.data.order import Plan, holdout, noisy
@@ -27,7 +27,8 @@ __all__ = ["Loader", "build_loader", "build_set_loader", "ensure", "resolve_back
 class Loader(Protocol):
     """Batches of one split on one rank."""
 
-    backend: str  # ffcv | torch | memory
+    backend: str  # ffcv | torch | memory | gpu
+    reason: str  # why this backend, in one sentence
     samples: int  # of this split, all ranks together
     manifest: str  # 16 hexadecimal digits that name the data
 
@@ -75,6 +76,39 @@ def resolve_backend(data: DataConfig) -> tuple[str, str]:
     return "torch", obstacle
 
 
+def resolve_decode(
+    data: DataConfig, augment: AugmentConfig, source: Source, geometry: Geometry, device: torch.device
+) -> tuple[str, str]:
+    """(name of the decoder on the GPU, or '' for the processor; the reason) for training images.
+
+    Evaluation always decodes on the processor, so that published counts do not depend on a GPU's decoder.
+
+    Raises UserError when data.decode forces what cannot be.
+    """
+    if data.decode not in ("auto", "cpu", "gpu"):
+        raise UserError(f"data.decode={data.decode} does not exist (choices: auto, cpu, gpu)")
+    if data.decode == "cpu":
+        return "", "data.decode=cpu was asked for"
+    decoder = ""
+    if data.backend == "memory" or (data.decode == "auto" and data.backend != "auto"):
+        obstacle = f"data.backend={data.backend} was asked for"
+    elif device.type != "cuda":
+        obstacle = "this run is on the CPU"
+    elif augment.randaugment:
+        obstacle = "RandAugment runs on the processor"
+    elif geometry.mode == PAD:
+        obstacle = "augment.crop=pad is for small images, which the processor keeps up with"
+    elif isinstance(source, ArraySource) or (isinstance(source, BetonSource) and source.file.raw.all()):
+        obstacle = "the images are no JPEGs"
+    else:
+        from sam_repro.data.gpu_decode import find_decoder
+
+        decoder, obstacle = find_decoder(device)
+    if not decoder and data.decode == "gpu":
+        raise UserError(f"data.decode=gpu is impossible: {obstacle}")
+    return decoder, f"decoded on the GPU by {decoder}" if decoder else f"decoded on the processor, since {obstacle}"
+
+
 def build_loader(
     data: DataConfig,
     augment: AugmentConfig,
@@ -100,7 +134,7 @@ def build_loader(
     """
     if split not in ("train", "minival", "val"):
         raise UserError(f"there is no split {split} (choices: train, minival, val)")
-    backend, _ = resolve_backend(data)
+    backend, reason = resolve_backend(data)
     geometry = training_geometry(data, augment) if training else evaluation_geometry(data)
     source = open_source(data, "val" if split == "val" else "train")
     plan = Plan(_members(source.labels, data, split), batch_size, seed, training, rank, world)
@@ -110,16 +144,24 @@ def build_loader(
         source.close()
         raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
     magnitude = augment.randaugment if training else 0
-    if backend == "memory" or (data.backend == "auto" and device.type == "cuda"):
+    threads = worker_count(data.workers, world)
+    loader: Loader
+    decoder, where = resolve_decode(data, augment, source, geometry, device) if training else ("", "")
+    if backend == "memory" or (data.backend == "auto" and data.decode != "gpu" and device.type == "cuda"):
         why_not = obstacle(source, plan, geometry, device, magnitude=magnitude)
         if not why_not:
-            threads = worker_count(data.workers, world)
-            return MemoryLoader(source, plan, geometry, workers=threads, device=device)
+            loader = MemoryLoader(source, plan, geometry, workers=threads, device=device)
+            loader.reason = reason if backend == "memory" else "it fits on the device"
+            return loader
         if backend == "memory":
             source.close()
             raise UserError(f"data.backend=memory is impossible: {why_not}")
-    more = {"workers": data.workers, "device": device, "magnitude": magnitude}
-    return _loader(source, plan, geometry, ffcv=backend == "ffcv", **more)
+    if training:
+        reason = where if decoder else f"{reason}; {where}"
+    more = {"workers": threads, "device": device, "magnitude": magnitude}
+    loader = _loader(source, plan, geometry, ffcv=backend == "ffcv", decoder=decoder, **more)
+    loader.reason = reason
+    return loader
 
 
 def build_set_loader(
@@ -130,7 +172,7 @@ def build_set_loader(
     plan = Plan(eval_set.members, batch_size, 0, False, rank, world)
     ffcv = data.backend != "torch" and importlib.util.find_spec("ffcv") is not None
     geometry = evaluation_geometry(data)
-    return _loader(eval_set.source, plan, geometry, ffcv=ffcv, workers=data.workers, device=device)
+    return _loader(eval_set.source, plan, geometry, ffcv=ffcv, workers=worker_count(data.workers, world), device=device)
 
 
 def _loader(
@@ -142,13 +184,18 @@ def _loader(
     workers: int,
     device: torch.device,
     magnitude: int = 0,
+    decoder: str = "",
 ) -> Loader:
-    threads = worker_count(workers, plan.world)
+    if decoder:
+        from sam_repro.data.gpu_decode import DECODERS
+        from sam_repro.data.gpu_loader import GPULoader
+
+        return GPULoader(source, plan, geometry, workers=workers, device=device, decode=DECODERS[decoder])
     if ffcv and isinstance(source, BetonSource):
         from sam_repro.data.ffcv_loader import FFCVLoader  # importing ffcv takes seconds: only when it is used
 
-        return FFCVLoader(source, plan, geometry, workers=threads, device=device, magnitude=magnitude)
-    return TorchLoader(source, plan, geometry, workers=threads, device=device, magnitude=magnitude)
+        return FFCVLoader(source, plan, geometry, workers=workers, device=device, magnitude=magnitude)
+    return TorchLoader(source, plan, geometry, workers=workers, device=device, magnitude=magnitude)
 
 
 def _members(labels: np.ndarray, data: DataConfig, split: str) -> np.ndarray:

@@ -226,28 +226,42 @@ def _clip(value):
 
 
 @njit(cache=True, nogil=True)
-def _resample(image, top, left, h, w, resized_h, resized_w, filter, flip, out):
-    """The box of `image`, resized to resized_h x resized_w, its centre written to `out` (uint8, rounded half up).
+def axes(h, w, geometry):
+    """`_axis` of the rows and of the columns of a box of h x w pixels: all of the output's resampling."""
+    size = geometry.size
+    fit_h, fit_w = size, size
+    y_start, x_start = 0, 0
+    if geometry.mode != INCEPTION:
+        ratio = (geometry.resize if geometry.mode == CENTRE else size) / min(h, w)
+        if geometry.filter >= BILINEAR:  # torchvision's Resize truncates, and its CenterCrop rounds half to even
+            fit_h, fit_w = int(h * ratio + 1e-9), int(w * ratio + 1e-9)
+            y_start, x_start = int(np.rint((fit_h - size) / 2)), int(np.rint((fit_w - size) / 2))
+        else:
+            fit_h, fit_w = int(np.rint(h * ratio)), int(np.rint(w * ratio))
+            y_start, x_start = (fit_h - size) // 2, (fit_w - size) // 2
+    rows = _axis(h, fit_h, y_start, size, geometry.filter)
+    return rows, _axis(w, fit_w, x_start, size, geometry.filter)
+
+
+@njit(cache=True, nogil=True)
+def _resample(image, top, left, rows, columns, filter, flip, out):
+    """The box of `image` at (top, left), resampled by `axes` and written to `out` (uint8, rounded half up).
 
     Columns first: adding whole rows is the part that the processor's vector unit does well.
     """
-    rows, columns = out.shape[0], out.shape[1]
-    y_start, x_start = (resized_h - rows) // 2, (resized_w - columns) // 2
-    if filter >= BILINEAR:  # torchvision's CenterCrop rounds half to even
-        y_start, x_start = int(np.rint((resized_h - rows) / 2)), int(np.rint((resized_w - columns) / 2))
-    y_first, y_taps, y_weights = _axis(h, resized_h, y_start, rows, filter)
-    x_first, x_taps, x_weights = _axis(w, resized_w, x_start, columns, filter)
+    y_first, y_taps, y_weights = rows
+    x_first, x_taps, x_weights = columns
     begin, end = x_first[0], x_first[-1] + x_taps[-1]  # the columns that are used at all
     pixels = image.reshape(image.shape[0], 3 * image.shape[1])
     line = np.empty(3 * (end - begin), np.float32)
-    for y in range(rows):
+    for y in range(out.shape[0]):
         line[:] = 0
         for t in range(y_taps[y]):
             weight = y_weights[y, t]
             source = pixels[top + y_first[y] + t, 3 * (left + begin) : 3 * (left + end)]
             for k in range(line.size):
                 line[k] += weight * np.float32(source[k])
-        for x in range(columns):
+        for x in range(out.shape[1]):
             at = np.uint64(3 * (x_first[x] - begin))  # unsigned: no test for negative indices, twice as fast
             red = green = blue = np.float32(0.5)
             for t in range(x_taps[x]):
@@ -256,7 +270,7 @@ def _resample(image, top, left, h, w, resized_h, resized_w, filter, flip, out):
                 green += weight * line[at + _ONE]
                 blue += weight * line[at + _TWO]
                 at += _THREE
-            to = columns - 1 - x if flip else x
+            to = out.shape[1] - 1 - x if flip else x
             if filter == BICUBIC:  # the one filter with negative weights
                 red, green, blue = _clip(red), _clip(green), _clip(blue)
             out[y, to, 0], out[y, to, 1], out[y, to, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
@@ -270,18 +284,13 @@ def render(image, out, geometry, seed, epoch, index):
     """
     height, width, size = image.shape[0], image.shape[1], geometry.size
     top, left, h, w, flip = crop_box(seed, epoch, index, height, width, geometry)
-    fit_h, fit_w, target = size, size, out
-    if geometry.mode != INCEPTION:
-        ratio = (geometry.resize if geometry.mode == CENTRE else size) / min(height, width)
-        fit_h, fit_w = int(np.rint(height * ratio)), int(np.rint(width * ratio))
-        if geometry.filter >= BILINEAR:  # torchvision's Resize truncates
-            fit_h, fit_w = int(height * ratio + 1e-9), int(width * ratio + 1e-9)
-    shift_y, shift_x = top, left
+    target, shift_y, shift_x = out, top, left
     if geometry.mode == PAD:
         top, left, h, w = 0, 0, height, width
         target = np.empty_like(out)
+    rows, columns = axes(h, w, geometry)
     # One call: each further one, with constants for arguments, would be compiled for itself.
-    _resample(image, top, left, h, w, fit_h, fit_w, geometry.filter, flip, target)
+    _resample(image, top, left, rows, columns, geometry.filter, flip, target)
     if geometry.mode == PAD:
         shift_x = -shift_x if flip else shift_x  # what is shifted is mirrored already
         for y in range(size):

@@ -1,7 +1,8 @@
 """Where samples come from: .beton files, class folders, scikit-learn's digits, generated images.
 
 A source has `labels` (int64, one a sample), `classes` (names in order), `manifest` (16 hexadecimal digits that name
-the content) and `read(index)`, which returns one decoded image, uint8 [H, W, 3], from any thread.
+the content) and two methods for any thread: `read(index)` returns one decoded image, uint8 [H, W, 3], and
+`encoded(index)` the bytes of its JPEG.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from sam_repro.data.order import holdout
 from sam_repro.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+JPEG_START = b"\xff\xd8"
+Buffer = bytes | bytearray | memoryview
 DIGITS_ROOT = "data/digits"
 DIGITS_SIDE = 32  # pixels
 SYNTHETIC_COUNTS = {"train": 256, "val": 64}
@@ -54,14 +57,18 @@ class Source(Protocol):
         """One decoded image: uint8 [H, W, 3], C-contiguous. Raises UserError when it cannot be decoded."""
         ...
 
+    def encoded(self, index: int) -> Buffer | None:
+        """The bytes of the sample's JPEG; None where it is none, and only `read` gives it."""
+        ...
+
     def close(self) -> None:
         """Release the files."""
         ...
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
+def decode(data: Buffer, name: str) -> np.ndarray:
     """uint8 [H, W, 3] RGB of an encoded image. OpenCV where it can, else Pillow; UserError names what neither reads."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE) if data else None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE) if len(data) else None
     if image is not None:
         return image
     try:
@@ -95,6 +102,10 @@ class BetonSource:
         if image.shape[:2] != (self.file.heights[index], self.file.widths[index]):
             raise UserError(f"sample {index} of {self.file.path} has other sides than the file says")
         return image
+
+    def encoded(self, index: int) -> Buffer | None:
+        """The JPEG of one sample, once its checksum is shown to be right."""
+        return None if self.file.raw[index] else self.file.sample(index)
 
     def close(self) -> None:
         """Close the file."""
@@ -132,6 +143,11 @@ class FolderSource:
         path = self.root / self.files[index]
         return decode(path.read_bytes(), str(path))
 
+    def encoded(self, index: int) -> Buffer | None:
+        """The content of one file."""
+        data = bytearray((self.root / self.files[index]).read_bytes())
+        return data if data[:2] == JPEG_START else None
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -146,6 +162,10 @@ class ArraySource:
     def read(self, index: int) -> np.ndarray:
         """One image, as it is."""
         return self.images[index]
+
+    def encoded(self, index: int) -> Buffer | None:
+        """There are no JPEGs."""
+        return None
 
     def close(self) -> None:
         """Nothing to release."""

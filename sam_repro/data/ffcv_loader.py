@@ -135,6 +135,7 @@ class FFCVLoader:
     """Batches of a .beton file (see the Loader protocol)."""
 
     backend = "ffcv"
+    reason = ""
 
     def __init__(
         self,
@@ -151,7 +152,6 @@ class FFCVLoader:
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.scratch = threading.local()
-        self.checked = np.zeros(len(source.file), np.bool_)
         file = source.file
         self.direct = not fits_page_cache(file.path)
         if self.direct:
@@ -214,9 +214,8 @@ class FFCVLoader:
             self.scratch.image = np.empty(3 * int((file.heights * file.widths).max()), np.uint8)
             self.scratch.jpeg = np.empty(int(file.sizes.max()), np.uint8)
         failed = np.zeros(len(indices), np.bool_)
-        for index in indices[~self.checked[indices]]:  # once a sample: checksums cost as much as a tenth of decoding
+        for index in indices[~file.checked[indices]]:
             file.sample(index)
-            self.checked[index] = True
         tables = file.pointers, file.sizes, file.heights, file.widths, file.raw
         _decode_and_render(
             memory,

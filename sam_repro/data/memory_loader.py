@@ -27,6 +27,7 @@ class MemoryLoader:
     """Batches of a source that fits on the device (see the Loader protocol)."""
 
     backend = "memory"
+    reason = ""
 
     def __init__(self, source: Source, plan: Plan, geometry: Geometry, *, workers: int, device: torch.device) -> None:
         self.plan, self.geometry, self.device = plan, geometry, device

@@ -21,6 +21,7 @@ class TorchLoader:
     """Batches of a source (see the Loader protocol). Threads suffice: decoding and rendering release the GIL."""
 
     backend = "torch"
+    reason = ""
 
     def __init__(
         self,

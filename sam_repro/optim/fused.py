@@ -142,7 +142,8 @@ class FusedStep(GradientStep):
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Only this thread's calls are captured: the loader's threads go on allocating and copying.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._body()
         for table in self.tables:
             table.flush()

@@ -1,0 +1,136 @@
+"""Decoding and cropping on the GPU against the CPU path, on images made here."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.data import build_loader, resolve_decode
+from sam_repro.data.beton import write_beton
+from sam_repro.data.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render, training_geometry
+from sam_repro.data.datasets import BetonSource
+from sam_repro.data.gpu_crop import crop_batch, taps_of
+from sam_repro.data.gpu_decode import DECODERS, find_decoder
+from sam_repro.data.manifest import write_manifest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+CUDA = torch.device("cuda", 0)
+COUNT, SIDE = 640, 96
+
+
+def picture(i: int) -> np.ndarray:
+    height, width = 200 + 11 * (i % 17), 180 + 13 * (i % 23)
+    small = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def jpeg(i: int) -> bytes:
+    """Mostly baseline 4:2:0; also progressive, grey, 4:4:4, and CMYK, which no GPU decodes."""
+    file, image = io.BytesIO(), Image.fromarray(picture(i))
+    if i % 40 == 7:
+        image.save(file, "jpeg", quality=90, progressive=True)
+    elif i % 40 == 13:
+        image.convert("L").save(file, "jpeg", quality=90)
+    elif i % 40 == 21:
+        image.save(file, "jpeg", quality=95, subsampling=0)
+    elif i % 160 == 33:
+        image.convert("CMYK").save(file, "jpeg", quality=90)
+    else:
+        image.save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("gpu")
+    samples = ((jpeg(i), *picture(i).shape[:2], i % 10, False) for i in range(COUNT))
+    write_beton(root / "train.beton", samples, capacity=COUNT)
+    write_manifest(root / "train.beton", [f"c{i}" for i in range(10)])
+    return root
+
+
+def make(root, decode, augment=None, **changes):
+    keys = {"name": "x", "root": str(root), "num_classes": 10, "image_size": SIDE, "eval_resize": SIDE}
+    data = DataConfig(**(keys | {"backend": "torch", "decode": decode, "workers": 4} | changes))
+    augment = augment or AugmentConfig(name="light")
+    return build_loader(data, augment, split="train", training=True, batch_size=160, seed=5, device=CUDA)
+
+
+@pytest.mark.parametrize("mode", [INCEPTION, CENTRE])
+@pytest.mark.parametrize("filter", [PLAIN, AREA, BILINEAR, BICUBIC])
+def test_the_kernel_is_the_cpu_path_to_the_bit(mode, filter):
+    geometry = Geometry(mode, 40, 44, 0.05, 1.0, 0.75, 4 / 3, 0, True, filter)
+    sides = [(30, 41), (170, 90), (64, 64), (45, 300), (400, 410), (99, 40)] * 5
+    images = [np.random.default_rng(i).integers(0, 256, (*s, 3), dtype=np.uint8) for i, s in enumerate(sides)]
+    indices = 5 + 3 * np.arange(len(sides))
+    expected = np.empty((len(sides), 40, 40, 3), np.uint8)
+    for image, index, out in zip(images, indices, expected, strict=True):
+        render(image, out, geometry, 7, 2, index)
+    out = torch.empty(expected.shape, dtype=torch.uint8, device=CUDA)
+    planar = [torch.from_numpy(image).to(CUDA).permute(2, 0, 1) for image in images]
+    planar[::2] = [image.contiguous() for image in planar[::2]]
+    crop_batch(planar, taps_of(sides, indices, geometry, seed=7, epoch=2).to(CUDA), out)
+    assert np.array_equal(out.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_decoders_differ_from_libjpeg_by_rounding(name):
+    data = [jpeg(i) for i in range(32) if i % 40 not in (13, 33)]
+    try:
+        decoded = DECODERS[name](data, CUDA)
+    except (ImportError, OSError) as error:
+        pytest.skip(f"{name} is not installed: {error}")
+    assert len(decoded) == len(data)
+    for got, stored in zip(decoded, data, strict=True):
+        want = torch.from_numpy(np.array(Image.open(io.BytesIO(stored)))).permute(2, 0, 1)
+        difference = (got.cpu().int() - want.int()).abs().float()
+        assert got.shape == want.shape and difference.mean() < 2 and difference.max() < 64
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_the_loaders_agree(root, antialias):
+    gpu, cpu = make(root, "gpu", antialias=antialias), make(root, "cpu", antialias=antialias)
+    assert gpu.backend == "gpu" and find_decoder(CUDA)[0] in gpu.reason
+    for epoch in (0, 1):
+        kept = list(gpu.epoch(epoch))
+        assert len(kept) == len(gpu) == 4
+        for (x, y), (want, labels) in zip(kept, cpu.epoch(epoch), strict=True):
+            assert torch.equal(y, labels) and x.stride() == want.stride() and x.device == CUDA
+            per_image = (x.int() - want.int()).abs().float().mean((1, 2, 3))
+            assert per_image.mean() < 1.5 and per_image.max() < 4
+    assert gpu.refused.sum() >= 4  # the CMYK images came from the processor
+    again = list(gpu.epoch(1, 2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again, kept[2:], strict=True))
+    gpu.close(), cpu.close()
+
+
+def test_batches_are_right_while_the_gpu_is_busy(root):
+    """The step's stream is far behind the host; nothing may be overwritten before it is read."""
+    gpu = make(root, "gpu")
+    want = [x.double().sum() for e in range(2) for x, _ in gpu.epoch(e)]
+    load, sums = torch.randn(4096, 4096, device=CUDA), []
+    for epoch in range(2):
+        for x, _ in gpu.epoch(epoch):
+            for _ in range(30):
+                load = torch.tanh(load @ load)
+            sums.append(x.double().sum())
+            del x
+    assert torch.equal(torch.stack(sums), torch.stack(want))
+    gpu.close()
+
+
+def test_auto_decodes_on_the_gpu_unless_that_is_impossible(root):
+    data = DataConfig(name="x", root=str(root), num_classes=10)
+    light, source = AugmentConfig(name="light"), BetonSource(root / "train.beton")
+    geometry = training_geometry(data, light)
+    assert resolve_decode(data, light, source, geometry, CUDA)[0] == find_decoder(CUDA)[0] != ""
+    decoder, reason = resolve_decode(data, replace(light, randaugment=10), source, geometry, CUDA)
+    assert not decoder and "RandAugment" in reason
+    assert make(root, "auto").backend == "torch"  # which was asked for
