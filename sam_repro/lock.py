@@ -15,13 +15,17 @@ BEAT = 20.0  # seconds between signs of life
 STALE = 300.0  # a lock without a sign of life for this long belongs to a dead process
 
 
+class Held(UserError):
+    """Another live process has the run."""
+
+
 class RunLock:
     """A lock file created exclusively and touched while its holder lives.
 
     A lock whose process is gone (same host) or that was not touched for five minutes is taken over.
 
     Raises:
-        UserError: if another live process holds the run.
+        Held: if another live process holds the run.
     """
 
     def __init__(self, run_dir: Path):
@@ -34,13 +38,13 @@ class RunLock:
                 break
             except FileExistsError:
                 if not self.abandoned():
-                    raise UserError(
+                    raise Held(
                         f"another process is at work in {run_dir} ({self.path.read_text()}); "
                         f"if it is not, remove {self.path}"
                     ) from None
                 self.path.unlink(missing_ok=True)
         else:
-            raise UserError(f"another process has just taken {run_dir}")
+            raise Held(f"another process has just taken {run_dir}")
         self.released = threading.Event()
         threading.Thread(target=self.beat, daemon=True).start()
 

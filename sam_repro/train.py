@@ -65,6 +65,8 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
     lock = open_run(cfg, run_dir) if ranks.main else None
     stop, loaders = StopSignal(), []
     try:
+        if row_path.exists():  # another process has finished it in the meantime
+            return ledger.read_row(row_path)
         # ---- data ------------------------------------------------------------------------------------------------
         local_batch = split_batch(cfg, ranks.world)
         loader_of = loader_factory(cfg, ranks)
@@ -207,6 +209,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
 
         # ---- ledger ----------------------------------------------------------------------------------------------
         log.close()
+        sharing = int(os.environ.get("SAM_REPRO_SHARING", "1"))  # runs on this GPU (paper/pool.py): each has its share
         row = {
             "run_id": name,
             "status": status,
@@ -224,7 +227,8 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             "world": ranks.world,
             "hardware": hardware(ranks),
             "dtype": "bf16" if bf16 else "fp32",
-            "hours": seconds * ranks.world / 3600,
+            "hours": seconds * ranks.world / 3600 / sharing,
+            "sharing": sharing,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **ledger.provenance(),
         }

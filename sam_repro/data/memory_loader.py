@@ -20,7 +20,7 @@ from sam_repro.data.crop import CENTRE, INCEPTION, PLAIN, Geometry, crop_box, re
 from sam_repro.data.datasets import ArraySource, BetonSource, Source
 from sam_repro.data.order import Plan
 
-SHARE = 0.1  # of the device's free memory that data.backend=auto takes for one split
+SHARE = 0.05  # of the device's free memory that data.backend=auto takes for one split
 
 
 class MemoryLoader:

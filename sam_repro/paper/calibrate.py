@@ -19,7 +19,8 @@ from sam_repro.config import Config, compose_config
 from sam_repro.errors import UserError
 from sam_repro.paper.outcome import curve
 from sam_repro.paper.rates import Entry, benchmarks_dir
-from sam_repro.paper.spec import Table, unique_runs
+from sam_repro.paper.runs import unique_runs
+from sam_repro.paper.spec import Table
 
 BATCH = 256  # images a step: a multiple of m, and no more than the generated training set has
 STEPS, WARM = 9, 3  # logged one by one; the first ones compile and allocate

@@ -22,7 +22,8 @@ from sam_repro.errors import UserError
 from sam_repro.paper.outcome import Outcome, outcomes
 from sam_repro.paper.plan import positive
 from sam_repro.paper.rates import Entry, Rate, forward_gflop, load_rates, loader_rate, passes_of, step_rate
-from sam_repro.paper.spec import Run, Table, load_table
+from sam_repro.paper.runs import Run
+from sam_repro.paper.spec import Table, load_table
 
 # Training images of the data sets, as published; Flowers and Pets: train + val.
 TRAIN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "flowers": 2_040, "pets": 3_680}

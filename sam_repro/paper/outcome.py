@@ -12,7 +12,8 @@ from typing import Any
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.lock import STALE
-from sam_repro.paper.spec import UNREADABLE, Column, Run, Table, TableRow, runs_of
+from sam_repro.paper.runs import Run, runs_of
+from sam_repro.paper.spec import UNREADABLE, Column, Table, TableRow
 from sam_repro.paper.stats import Comparison, Interval, compare, interval, verdict
 
 
@@ -57,7 +58,8 @@ class Outcome:
     @property
     def step_ms(self) -> float | None:
         """Median milliseconds a step, over all logged intervals of all seeds."""
-        times = [t for row in self.ledger for t in curve(row, "step_seconds") if t is not None]
+        alone = [row for row in self.ledger if row.get("sharing", 1) == 1]  # several runs on a GPU slow each other
+        times = [t for row in alone for t in curve(row, "step_seconds") if t is not None]
         return 1000 * statistics.median(times) if times else None
 
 
@@ -76,12 +78,14 @@ def outcomes(table: Table, ledger_dir: Path | None = None, *, seeds: int | None 
     return [outcome(table, row, ledger_dir, seeds=seeds) for row in table.rows]
 
 
-def outcome(table: Table, row: TableRow, ledger_dir: Path | None, *, seeds: int | None) -> Outcome:
-    """What came out of one row."""
-    runs = runs_of(table, row, seeds=seeds)
+def outcome(
+    table: Table, row: TableRow, ledger_dir: Path | None, *, seeds: int | None, extra: tuple[str, ...] = ()
+) -> Outcome:
+    """What came out of one row; `extra`: overrides laid over the row's."""
+    runs = runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger_dir)
     paths = [row_path(ledger_dir or r.config.log.ledger_dir, r.run_id) for r in runs]
     found = [read_row(path) for path in paths if path.exists()]
-    state = state_of(runs, found)
+    state = "pending" if row.tuned and not runs else state_of(runs, found)
     cells = []
     for column in table.columns:
         values = [value_of(r, column) for r in found if r["status"] == "done"]

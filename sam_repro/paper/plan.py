@@ -14,7 +14,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from sam_repro.ledger import row_path
-from sam_repro.paper.spec import Run, load_table, unique_runs
+from sam_repro.paper.runs import Run, unique_runs
+from sam_repro.paper.spec import load_table
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,11 +1,15 @@
-"""Run what the ledger lacks of a table, one run after the other in this process, through the code of train.py.
+"""Run what the ledger lacks of tables or plans, through the code of train.py: one after the other, or several a GPU.
 
   sam-repro run demo
   sam-repro run demo --only '*/gsam' --seeds 1 recipe.epochs=5
   sam-repro run demo --budget 9m                       # stop and save after nine minutes; the same command goes on
+  sam-repro run study_cifar study_small --gpus 2 --per-gpu 3 --budget 9m
+  sam-repro run plan.tsv                               # the lines of `sam-repro plan`
 
-A finished run is never repeated and an interrupted one resumes. A diverged run is a result: the queue goes on, and
-the exit code is 3. Ctrl-C, SIGTERM and SIGUSR2 save the current run and end the queue (128 + signal).
+Tables come in the order given, of each the first seed of every row before the second of any. A finished run is never
+repeated and an interrupted one resumes. A diverged run is a result: the queue goes on, and the exit code is 3. Ctrl-C,
+SIGTERM and SIGUSR2 save what runs and end the queue (128 + signal). With --gpus or --per-gpu, runs are spread over
+worker processes (logs in <runs_dir>/pool/); a run that fails or kills its worker stops nothing else (exit code 1).
 """
 
 from __future__ import annotations
@@ -13,19 +17,24 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sam_repro.config import run_id
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.paper.plan import finished, positive
-from sam_repro.paper.spec import Run, load_table, unique_runs
+from sam_repro.paper.runs import Run, compose_once, unique_runs
+from sam_repro.paper.spec import Table, load_table
+from sam_repro.paper.worker import fresh
 from sam_repro.signals import Interrupted
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -35,12 +44,14 @@ DIVERGED = 3  # train.py's exit code
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
     parser.parse_args = parser.parse_intermixed_args  # overrides may stand before, between and after the options
-    parser.add_argument("table", help="name in results/paper/, or a path to a .yaml")
-    parser.add_argument("extra", nargs="*", metavar="key=value", help="overrides laid over every row's own")
+    what = "tables (names, or paths to .yaml), plans (.tsv), and overrides laid over every row's own (key=value)"
+    parser.add_argument("words", nargs="+", metavar="table | plan.tsv | key=value", help=what)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
     parser.add_argument("--limit", type=positive, metavar="N", help="start at most N runs")
     parser.add_argument("--only", metavar="PATTERN", help="rows whose id, or runs whose run id, match (* is anything)")
     parser.add_argument("--budget", type=duration, metavar="9m", help="stop after this time: 90s, 9m, 2h; exit code 0")
+    parser.add_argument("--gpus", type=positive, metavar="N", help="spread the runs over so many GPUs")
+    parser.add_argument("--per-gpu", type=positive, metavar="K", help="so many runs at once on each (default: 1)")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="write the rows here instead of the table's folder")
 
 
@@ -54,26 +65,63 @@ def duration(text: str) -> float:
 
 def run(args: Namespace) -> int:
     """Run the queue; returns the exit code."""
-    if bad := [word for word in args.extra if "=" not in word]:
-        raise UserError(f"'{bad[0]}' is not an override such as recipe.epochs=5")
     runs = list(wanted(args).values())
     queue = [r for r in runs if not finished(r, args.ledger)]
     say(f"{len(runs) - len(queue)} of {len(runs)} runs are in the ledger, {len(queue)} to go")
-    return Queue(runs, queue[: args.limit], args.ledger, args.budget).work()
+    if args.gpus or args.per_gpu:
+        from sam_repro.paper.pool import Pool
+
+        size = {"gpus": args.gpus or 1, "per_gpu": args.per_gpu or 1}
+        again = {"ledger_dir": args.ledger, "limit": args.limit, "budget": args.budget, "say": say}
+        return Pool(lambda: list(wanted(args).values()), **size, **again).work()
+    code = Queue(runs, queue[: args.limit], args.ledger, args.budget).work()
+    more = [r for r in wanted(args).values() if r.run_id not in {known.run_id for known in runs}]
+    if more and code == 0 and args.limit is None:
+        say(f"a sweep is over: {len(more)} more runs can be planned; the same command starts them")
+    return code
 
 
 def wanted(args: Namespace) -> dict[str, Run]:
-    """The table's runs by run id, those that --only leaves."""
-    table = load_table(args.table)
-    runs = unique_runs([table], seeds=args.seeds, extra=args.extra)
+    """The runs of all tables and plans by run id, those that --only leaves."""
+    extra = [word for word in args.words if "=" in word]
+    names = [word for word in args.words if "=" not in word]
+    if not names:
+        raise UserError("no table is named; see sam-repro run --help")
+    runs: dict[str, Run] = {}
+    for name in names:
+        runs |= planned(Path(name), extra) if name.endswith(".tsv") else of_table(load_table(name), args, extra)
+    if not runs and args.only is not None:
+        raise UserError(f"--only '{args.only}' matches no row of {', '.join(names)}")
+    return runs
+
+
+def of_table(table: Table, args: Namespace, extra: list[str]) -> dict[str, Run]:
+    """The runs of one table that --only leaves."""
+    options = {"seeds": args.seeds, "extra": extra, "ledger": args.ledger}
+    runs = unique_runs([table], **options)
     if args.only is None:
         return runs
     rows = replace(table, rows=tuple(row for row in table.rows if fnmatch.fnmatch(row.id, args.only)))
-    of_rows = unique_runs([rows], seeds=args.seeds, extra=args.extra)
-    kept = {k: r for k, r in runs.items() if k in of_rows or fnmatch.fnmatch(k, args.only)}
-    if not kept:
-        raise UserError(f"--only '{args.only}' matches no row of {table.name}: {', '.join(r.id for r in table.rows)}")
-    return kept
+    of_rows = unique_runs([rows], **options)
+    return {k: r for k, r in runs.items() if k in of_rows or fnmatch.fnmatch(k, args.only)}
+
+
+@cache
+def read_plan(path: Path) -> tuple[tuple[str, ...], ...]:
+    """The overrides of every line of a plan."""
+    try:
+        return tuple(tuple(shlex.split(line.split("\t", 1)[1])) for line in path.read_text().splitlines() if line)
+    except (OSError, IndexError, ValueError) as error:
+        raise UserError(f"{path} is not a plan of `sam-repro plan`: {error}") from None
+
+
+def planned(path: Path, extra: list[str]) -> dict[str, Run]:
+    """The runs of a file that `sam-repro plan` wrote."""
+    runs = {}
+    for line in read_plan(path):
+        config = compose_once((*line, *extra))
+        runs[run_id(config)] = Run(run_id(config), (*line, *extra), config)
+    return runs
 
 
 class Queue:
@@ -110,6 +158,7 @@ class Queue:
                 say(f"({i}/{len(self.queue)}) {r.run_id}{self.eta(i - 1)}")
                 try:
                     diverged += self.train(main, r)["status"] == "diverged"
+                    fresh()
                 except Interrupted as stop:
                     self.stopped_by = int(stop.code or 0) - 128  # pyright: ignore[reportArgumentType]: an int
             if self.stopped_by is not None:

@@ -1,4 +1,5 @@
-"""A table or figure of a paper as data: the YAML format of `results/paper/`, its checks, and the runs it asks for.
+"""A table or figure of a paper as data: the YAML format of `results/paper/` and
+`results/studies/` (our own experiments), its checks, and the runs it asks for.
 
 title:    one line
 source:   where the numbers are printed
@@ -24,7 +25,11 @@ rows:     list of
     series, x: the line and the abscissa in a figure of kind `sweep`
     grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it, and
                `series: "alpha {optim_alpha}"` its name
+    tuned:     <table>:<model>/<method>, a sweep: the row takes the point that won it on the sweep's `select`, and has
+               no runs before all of the sweep's are in the ledger
     after:     <table>:<row id> whose trained weights the run starts from, seed by seed (init=<its run directory>)
+claims:   of a study, list of {text, column, better, than, lower}: the row `better` has the higher value, or with
+          `lower: true` the lower one; or {text, column, falls_with: <key of a grid>}
 figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title, log_x}
 """
 
@@ -33,15 +38,13 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sam_repro.config import Config, compose_config, nearest, run_id
+from sam_repro.config import nearest
 from sam_repro.errors import UserError
 
 UNREADABLE = "not in our sources"
@@ -74,6 +77,7 @@ class TableRow:
     series: str = ""
     x: float | str | None = None
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    tuned: str = ""
     after: str = ""
     point: dict[str, Any] = field(default_factory=dict)  # this row's place in the grid it came from
 
@@ -81,6 +85,18 @@ class TableRow:
     def method_id(self) -> str:
         """The method's part of the id: what `order` and the colours go by."""
         return self.id.split("/")[1] if "/" in self.id else self.id
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a study expects to see: judged by sam_repro.paper.claims."""
+
+    text: str
+    column: str
+    better: str = ""
+    than: str = ""
+    lower: bool = False
+    falls_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,40 +114,35 @@ class Table:
     select: str = ""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
     figure: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run that a row wants."""
-
-    run_id: str
-    overrides: tuple[str, ...]  # what stands after `python train.py`
-    config: Config = field(repr=False, compare=False)
-    after: Run | None = None  # the run whose weights this one starts from
-
-
-def tables_dir() -> Path:
-    """The folder of YAML tables: in the checkout, or inside the installed package."""
+def tables_dir(kind: str = "paper") -> Path:
+    """The folder of YAML tables, results/<kind>: in the checkout, or inside the installed package."""
     package = Path(__file__).resolve().parents[1]
-    for candidate in (package.parent / "results" / "paper", package / "results" / "paper"):
+    for candidate in (package.parent / "results" / kind, package / "results" / kind):
         if candidate.is_dir():
             return candidate
-    raise UserError(f"the tables are missing: neither results/paper nor sam_repro/results/paper in {package.parent}")
+    raise UserError(f"the tables are missing: neither results/{kind} nor sam_repro/results/{kind} in {package.parent}")
 
 
-def table_names() -> list[str]:
-    """The tables that exist, sorted."""
-    return sorted(path.stem for path in tables_dir().glob("*.yaml"))
+KINDS = ("paper", "studies")  # the papers' tables and figures; our own experiments
+
+
+def table_names(*kinds: str) -> list[str]:
+    """The tables that exist, sorted: of these kinds, or of all."""
+    return sorted(path.stem for kind in kinds or KINDS for path in tables_dir(kind).glob("*.yaml"))
 
 
 def load_table(name: str) -> Table:
-    """The table of a name (results/paper/<name>.yaml) or of a path that ends in .yaml.
+    """The table of a name (results/paper/<name>.yaml, results/studies/<name>.yaml) or of a path that ends in .yaml.
 
     Raises:
         UserError: no such table, or a file that does not follow the format; the message names the nearest word.
     """
-    path = Path(name) if name.endswith(".yaml") else tables_dir() / f"{name}.yaml"
+    known = [tables_dir(kind) / f"{name}.yaml" for kind in KINDS]
+    path = Path(name) if name.endswith(".yaml") else next((p for p in known if p.is_file()), known[0])
     if not path.is_file():
         names = table_names()
         raise UserError(f"there is no table '{name}'{nearest(name, names)} (tables: {', '.join(names)})")
@@ -151,11 +162,15 @@ def parse_table(name: str, tree: dict[str, Any]) -> Table:
     rows = tree.pop("rows", None)
     if not isinstance(columns, dict) or not columns or not isinstance(rows, list) or not rows:
         raise UserError(f"table {name}: columns must be a mapping and rows a list, neither empty")
-    shape = {"columns": tuple(build(Column, c or {}, f"table {name}, column {k}", name=k) for k, c in columns.items())}
+    shape: dict[str, Any] = {
+        "columns": tuple(build(Column, c or {}, f"table {name}, column {k}", name=k) for k, c in columns.items())
+    }
     parsed = []
     for i, row in enumerate(rows):
         where = f"table {name}, row {row.get('id', i + 1) if isinstance(row, dict) else i + 1}"
         parsed += expand_grid(build(TableRow, row, where), where)
+    claims = tree.pop("claims", None) or []
+    shape["claims"] = tuple(build(Claim, c, f"table {name}, claim {i}") for i, c in enumerate(claims, 1))
     table = build(Table, tree, f"table {name}", name=name, rows=tuple(parsed), **shape)
     table = replace(table, rows=tuple(replace(r, seeds=r.seeds or table.seeds) for r in table.rows))
     check_table(table)
@@ -224,85 +239,15 @@ def check_table(table: Table) -> None:
                 raise UserError(f"{where}: there is no column '{column}'{nearest(column, names)}")
             if isinstance(value, bool) or (value != UNREADABLE and not isinstance(value, (int, float))):
                 raise UserError(f"{where}: {column} must be a number or '{UNREADABLE}', not {value!r}")
+    for claim in table.claims:
+        known = claim.falls_with and any(claim.falls_with in row.point for row in table.rows)
+        if claim.column not in names or not (known or {claim.better, claim.than} <= set(ids)):
+            raise UserError(
+                f"table {table.name}, claim '{claim.text}': it must name a column, and rows or a grid's key"
+            )
     kind = table.figure.get("kind", "dots")
     if kind not in FIGURES:
         raise UserError(f"table {table.name}: there is no figure kind '{kind}'{nearest(kind, list(FIGURES))}")
 
 
 FIGURES = ("curves", "sweep", "dots")
-
-
-def runs_of(table: Table, row: TableRow, *, seeds: int | None = None, extra: Iterable[str] = ()) -> list[Run]:
-    """The runs of a row, by seed; none where the row has nothing to run.
-
-    Args:
-        seeds: instead of the row's own number.
-        extra: overrides laid over the row's.
-    """
-    if row.overrides is None:
-        return []
-    extra = tuple(extra)
-    overrides = (*table.base, *row.overrides, *extra)
-    starts: list[Run] | list[None] = [None] * (row.seeds if seeds is None else seeds)
-    if row.after:
-        starts = start_runs(row.after, len(starts), extra)
-    found = []
-    for seed, start in enumerate(starts):
-        point = row.point | ({"init": f"{start.config.log.runs_dir}/{start.run_id}"} if start else {})
-        config = replace(compose_point(overrides, point), seed=seed)
-        typed = (*overrides, *(f"{k}={v}" for k, v in point.items()), f"seed={seed}")
-        found.append(Run(run_id(config), typed, config, start))
-    return found
-
-
-def start_runs(after: str, seeds: int, extra: tuple[str, ...]) -> list[Run]:
-    """The runs of `<table>:<row id>`."""
-    name, _, row_id = after.partition(":")
-    table = load_table(name)
-    rows = {row.id: row for row in table.rows}
-    if row_id not in rows:
-        raise UserError(f"after: {after}: table {name} has no row '{row_id}'{nearest(row_id, list(rows))}")
-    return runs_of(table, rows[row_id], seeds=seeds, extra=extra)
-
-
-def compose_point(overrides: tuple[str, ...], point: dict[str, Any]) -> Config:
-    """The configuration of `overrides` with these dotted keys set.
-
-    Composing takes tenths of a second and a sweep has hundreds of points, so one composition, with a marker in the
-    place of every value, shows which leaves of the configuration follow which key; the values are then filled in.
-    """
-    markers = {key: marker_like(value, i) for i, (key, value) in enumerate(point.items())}
-    template = compose_once((*overrides, *(f"{key}={marker}" for key, marker in markers.items())))
-    return fill(template, {marker: point[key] for key, marker in markers.items()})
-
-
-def marker_like(value: Any, i: int) -> Any:
-    """A value of the same type that stands nowhere else."""
-    return f"marker-{i}" if isinstance(value, str) else type(value)(98765432 + i)
-
-
-def fill(node: Any, values: dict[Any, Any]) -> Any:
-    """A configuration with every marker replaced by its value, as the type that the field has."""
-    if is_dataclass(node) and not isinstance(node, type):
-        return replace(node, **{f.name: fill(getattr(node, f.name), values) for f in fields(node)})
-    if isinstance(node, (list, dict, bool)) or node not in values:
-        return node
-    kind: Any = type(node)
-    return kind(values[node])
-
-
-@cache
-def compose_once(overrides: tuple[str, ...]) -> Config:
-    """compose_config, remembered."""
-    return compose_config(list(overrides))
-
-
-def unique_runs(tables: Iterable[Table], *, seeds: int | None = None, extra: Iterable[str] = ()) -> dict[str, Run]:
-    """All runs of some tables by run id, each once, after the run whose weights it starts from.
-
-    The first seed of every row comes before the second of any, so that an interrupted plan is evenly filled.
-    """
-    extra = tuple(extra)
-    rows = [runs_of(table, row, seeds=seeds, extra=extra) for table in tables for row in table.rows]
-    in_turn = [run for turn in itertools.zip_longest(*rows) for run in turn if run is not None]
-    return {run.run_id: run for wanted in in_turn for run in (wanted.after, wanted) if run is not None}

@@ -14,7 +14,7 @@ from pathlib import Path
 from sam_repro.log import clock, read_log
 from sam_repro.paper.outcome import is_running
 from sam_repro.paper.report import Part, parts_of
-from sam_repro.paper.spec import Run
+from sam_repro.paper.runs import Run
 
 
 def add_arguments(parser: ArgumentParser) -> None:

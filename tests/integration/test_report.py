@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sam_repro.paper.report import report
-from sam_repro.paper.spec import load_table, runs_of
+from sam_repro.paper.runs import runs_of
+from sam_repro.paper.spec import load_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from paper_rows import write_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 from sam_repro import ledger
 from sam_repro.config import config_hash, to_dict
-from sam_repro.paper.spec import Run
+from sam_repro.paper.runs import Run
 
 
 def fake_row(run: Run, correct: int, *, total: int = 360, status: str = "done", gap: float = 0.1) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from paper_rows import fake_row, write_rows
 from sam_repro.cli import main
 from sam_repro.paper import report
 from sam_repro.paper.check import rows_problems
-from sam_repro.paper.spec import load_table, runs_of
+from sam_repro.paper.runs import runs_of
+from sam_repro.paper.spec import load_table
 
 
 @pytest.fixture

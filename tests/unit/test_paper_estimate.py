@@ -14,7 +14,8 @@ from sam_repro.errors import UserError
 from sam_repro.paper import rates
 from sam_repro.paper.estimate import cost_of, slower, steps_of
 from sam_repro.paper.rates import Rate, load_rates, loader_rate, passes_of, step_rate
-from sam_repro.paper.spec import load_table, runs_of, unique_runs
+from sam_repro.paper.runs import runs_of, unique_runs
+from sam_repro.paper.spec import load_table
 
 
 def write(folder: Path, *entries: dict, **head: str) -> Path:

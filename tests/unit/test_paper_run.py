@@ -15,7 +15,7 @@ from sam_repro import ledger
 from sam_repro.cli import main
 from sam_repro.config import Config, run_id
 from sam_repro.paper.run import duration
-from sam_repro.paper.spec import Run
+from sam_repro.paper.runs import Run
 from sam_repro.signals import Interrupted
 
 Trained = list[str]

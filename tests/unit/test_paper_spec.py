@@ -10,7 +10,8 @@ import pytest
 from sam_repro.cli import main
 from sam_repro.config import compose_config, run_id
 from sam_repro.errors import UserError
-from sam_repro.paper.spec import load_table, parse_table, runs_of, unique_runs
+from sam_repro.paper.runs import runs_of, unique_runs
+from sam_repro.paper.spec import load_table, parse_table
 
 
 def tree(**row: object) -> dict:

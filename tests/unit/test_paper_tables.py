@@ -14,7 +14,8 @@ from scipy import stats as scipy_stats
 from sam_repro.cli import main
 from sam_repro.ledger import write_row
 from sam_repro.paper.outcome import outcomes
-from sam_repro.paper.spec import load_table, parse_table, runs_of
+from sam_repro.paper.runs import runs_of
+from sam_repro.paper.spec import load_table, parse_table
 from sam_repro.paper.stats import compare, interval, verdict
 from sam_repro.paper.style import spread
 from sam_repro.paper.tables import render

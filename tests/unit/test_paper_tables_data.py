@@ -9,7 +9,8 @@ import pytest
 from sam_repro.config import Config, compose_config, validate
 from sam_repro.paper import check
 from sam_repro.paper.check import table4_problems
-from sam_repro.paper.spec import UNREADABLE, Run, load_table, runs_of, table_names
+from sam_repro.paper.runs import Run, runs_of
+from sam_repro.paper.spec import UNREADABLE, load_table, table_names
 
 
 @pytest.mark.parametrize("name", table_names())

@@ -1,0 +1,73 @@
+"""A worker of `sam-repro run --per-gpu`: runs from stdin, one a line, in one process; an answer a line on stdout.
+
+What a run prints goes to stderr, which the pool sends to a log file. A run that fails is answered as such and the
+worker lives on; a worker that dies costs the pool its current run only.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from sam_repro.config import compose_config
+from sam_repro.errors import UserError
+from sam_repro.lock import Held
+from sam_repro.signals import Interrupted
+
+
+def main() -> None:
+    """Answer until stdin ends or a run was told to stop."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answer = attempt(json.loads(line))
+        answers.write(json.dumps(answer) + "\n")
+        if answer["status"] == "stopped":
+            return
+        fresh()
+
+
+def attempt(task: dict[str, Any]) -> dict[str, str]:
+    """One run, as `python train.py <overrides>` would do it: {"status": ..., "why": ...}."""
+    from sam_repro.train import main as train
+
+    try:
+        cfg = compose_config(task["overrides"])
+        cfg.log.progress = "lines"
+        if task["ledger"]:
+            cfg.log.ledger_dir = task["ledger"]
+        return {"status": train(cfg, task["overrides"])["status"]}
+    except Interrupted:
+        return {"status": "stopped"}
+    except Held as error:
+        return {"status": "held", "why": str(error)}
+    except UserError as error:
+        return {"status": "failed", "why": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {
+            "status": "failed",
+            "why": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        }
+
+
+def fresh() -> None:
+    """Forget the last run's compiled code and memory.
+
+    torch.compile keeps a limited number of variants of a function and then falls back to eager code without a word; a
+    run's own graphs come back from the compile cache on disk.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""`sam-repro run --per-gpu`: real workers, real runs of a toy; a worker killed, a budget spent, a sweep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sam_repro.cli import main
+from sam_repro.ledger import read_ledger
+
+TINY = ["debug=tiny", "model=vit_s32", "train.device=cpu", "train.threads=1", "recipe.batch_size=16"]
+
+
+def table(tmp_path: Path, name: str, rows: list[dict], *base: str, **more) -> str:
+    """A table whose runs and rows stay in tmp_path."""
+    folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
+    tree = {"title": "toy", "source": "not of a paper", "columns": {"val": {"title": "val"}}, "seeds": 1}
+    tree |= {"base": [*TINY, *folders, *base], "rows": [{"model": "ViT", "method": r["id"]} | r for r in rows]} | more
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def methods(*names: str) -> list[dict]:
+    return [{"id": f"vit/{name}", "overrides": [f"optim={name}"]} for name in names]
+
+
+def rows(tmp_path: Path) -> dict[str, dict]:
+    return {row["config"]["optim"]["name"]: row for row in read_ledger(tmp_path / "ledger")}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_one_run_and_the_next_call_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = table(tmp_path, "t", methods("vanilla", "sam", "gsam"), "recipe.steps=80")
+
+    def kill() -> None:
+        locks: list[Path] = []
+        while not locks:
+            time.sleep(0.05)
+            locks = list((tmp_path / "runs").glob("vit_s32-vanilla-*/lock"))
+        os.kill(yaml.safe_load(locks[0].read_text())["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert main(["run", name, "--gpus", "1", "--per-gpu", "2"]) == 1
+    killer.join()
+    assert set(rows(tmp_path)) == {"sam", "gsam"}
+    assert rows(tmp_path)["sam"]["sharing"] == 2
+    said = capsys.readouterr().err
+    assert "vanilla-s0" in said and "died" in said and "code -9" in said
+    assert main(["run", name, "--per-gpu", "1"]) == 0
+    assert set(rows(tmp_path)) == {"vanilla", "sam", "gsam"} and rows(tmp_path)["vanilla"]["sharing"] == 1
+
+
+@pytest.mark.slow
+def test_a_spent_budget_saves_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = table(tmp_path, "t", methods("sam"), "recipe.steps=300", "optim.m=4")
+    assert main(["run", name, "--per-gpu", "1", "--budget", "8s"]) == 0
+    assert "the budget is spent: 1 runs save" in capsys.readouterr().err
+    assert not (tmp_path / "ledger").exists() and list((tmp_path / "runs").glob("*/step-*.pt"))
+    assert main(["run", name, "--per-gpu", "1", "recipe.steps=300"]) == 0
+    assert "resumed at step" in (tmp_path / "runs" / "pool" / "worker-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_failing_run_is_told_and_its_worker_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    impossible = {"id": "vit/impossible", "overrides": ["optim=sam", "optim.m=7"]}
+    name = table(tmp_path, "t", [impossible, *methods("vanilla")])
+    assert main(["run", name, "--per-gpu", "1"]) == 1
+    assert "optim.m=7 does not divide" in capsys.readouterr().err
+    assert set(rows(tmp_path)) == {"vanilla"}
+
+
+def test_a_row_takes_the_winner_of_a_sweep_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = {"id": "vit/sam", "overrides": ["optim=sam", "data.train_fraction=0.8"], "grid": {"recipe.lr": [0.01, 1e-9]}}
+    sweep = table(tmp_path, "sweep", [grid], "recipe.steps=30", select="minival")
+    tuned = {"id": "vit/tuned", "overrides": ["optim=gsam"], "tuned": f"{sweep}:vit/sam"}
+    name = table(tmp_path, "final", [tuned])
+    assert main(["table", name]) == 0
+    assert "pending" in capsys.readouterr().out
+    assert main(["run", sweep, name, "--per-gpu", "1"]) == 0
+    row = rows(tmp_path)["gsam"]
+    assert row["config"]["recipe"]["lr"] == 0.01 and "recipe.lr=0.01" in row["overrides"]
+    assert main(["table", name]) == 0
+    assert "one seed" in capsys.readouterr().out
+
+
+def test_a_plan_runs_as_its_table_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = table(tmp_path, "t", methods("vanilla", "sam"))
+    main(["plan", name])
+    (tmp_path / "plan.tsv").write_text(capsys.readouterr().out)
+    assert main(["run", str(tmp_path / "plan.tsv")]) == 0
+    assert main(["run", name]) == 0
+    assert "0 to go" in capsys.readouterr().err and len(rows(tmp_path)) == 2

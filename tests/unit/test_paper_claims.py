@@ -1,0 +1,78 @@
+"""Claims of studies: the words, the paired test, the exact test of a trend, and the format."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from paper_rows import write_rows
+
+from sam_repro.errors import UserError
+from sam_repro.paper.claims import inversions, judged
+from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.runs import runs_of
+from sam_repro.paper.spec import parse_table
+
+BASE = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": {"val": {}}, "seeds": 3}
+
+
+def two_methods(claim: dict) -> dict:
+    rows = [
+        {"id": f"v/{m}", "model": "V", "method": m.upper(), "overrides": [f"optim={m}"]} for m in ("vanilla", "sam")
+    ]
+    columns = {"val": {"title": "test", "digits": 1}}
+    return BASE | {"columns": columns, "rows": rows, "claims": [{"text": "SAM wins", "column": "val"} | claim]}
+
+
+@pytest.mark.parametrize(
+    ("sam", "claim", "word"),
+    [
+        ([320, 321, 322], {}, "**confirmed**"),
+        ([280, 281, 282], {}, "**contradicted**"),
+        ([280, 281, 282], {"lower": True}, "**confirmed**"),
+        ([330, 301, 302], {}, "**open, leans to it**"),
+        ([270, 299, 298], {}, "**open, leans against it**"),
+        ([320], {}, "**open, leans to it**"),
+        ([], {}, "**not run**"),
+    ],
+)
+def test_contrast(tmp_path: Path, sam: list[int], claim: dict, word: str) -> None:
+    table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"} | claim))
+    write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
+    write_rows(tmp_path, runs_of(table, table.rows[1])[: len(sam)], sam)
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert said.startswith(f"{word}: SAM wins.")
+    if len(sam) == 3 and sam[0] == 320:
+        assert "SAM − VANILLA: +5.56 ± 0.00 points (n = 3, p = 0)" in said
+
+
+def test_trend_within_groups(tmp_path: Path) -> None:
+    grid = {"model.sam_rho": [0.1, 0.2], "model.alpha": [0.1, 0.2, 0.4]}
+    row = {"id": "v/gsam", "model": "V", "method": "GSAM", "overrides": ["optim=gsam_constant"], "grid": grid}
+    claims = [{"text": "falls", "column": "val", "falls_with": key} for key in grid]
+    columns = {"val": {"title": "test"}}
+    table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": claims})
+    for r, count in zip(table.rows, [300, 200, 100, 310, 210, 220], strict=True):
+        write_rows(tmp_path, runs_of(table, r), [count])
+    rho, alpha = judged(table, outcomes(table, tmp_path))
+    assert "in 0 of 3 pairs" in rho and rho.startswith("**open, leans against it**")
+    falls = [sum(a > b for a, b in itertools.combinations(o, 2)) for o in itertools.permutations(range(3))]
+    chance = sum(a + b >= 5 for a in falls for b in falls) / 36
+    assert f"in 5 of 6 pairs of points that differ in nothing else (p = {2 * chance:.2g})" in alpha
+
+
+def test_mahonian_numbers() -> None:
+    for n in range(1, 6):
+        counted = inversions(n)
+        for k in range(n * (n - 1) // 2 + 1):
+            orders = itertools.permutations(range(n))
+            assert counted[k] == sum(k == sum(a > b for a, b in itertools.combinations(o, 2)) for o in orders)
+
+
+def test_a_claim_about_nothing_is_refused() -> None:
+    for wrong in ({"better": "v/sam", "than": "v/gsam"}, {"falls_with": "optim.rho_max"}, {"column": "test"}):
+        with pytest.raises(UserError, match="it must name a column"):
+            parse_table(
+                "t", two_methods({"better": "v/sam", "than": "v/vanilla"} | wrong if "column" in wrong else wrong)
+            )
