@@ -42,6 +42,7 @@ def runs_of(
         if point is None:
             return []
         row = replace(row, point=point | row.point)
+    assert row.overrides is not None
     overrides = (*table.base, *row.overrides, *extra)
     starts: list[Run] | list[None] = [None] * (row.seeds if seeds is None else seeds)
     if row.after:
