@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sam_repro.optim.perturb import Eigen, Tensors, inner, sam, squared_norm
+from sam_repro.optim.hvp import Hessian
+from sam_repro.optim.perturb import Eigen
 
 
 class PowerIteration:
@@ -31,8 +30,9 @@ class PowerIteration:
         params, buffers: as the step's.
         every, iterations: k and p.
         images: "group" (rank 0's first m images) | "batch" (the step's, all ranks) | "fixed" (those given to `fix`).
+        mode: how a product is made: "reverse" (one pass keeps its graph for all p products) | "forward" (Hessian).
         tf32: allow TF32 in products on a GPU, whose relative error is then about 1e-3.
-        m: images a pass; 0 takes all at once. One pass keeps its graph for all p products.
+        m: images a pass; 0 takes all at once.
         per_epoch: count steps modulo this number; 0 counts all steps.
         seed: of the first v, and of dropout masks in train mode.
         all_reduce, rank, world: as the step's.
@@ -51,6 +51,7 @@ class PowerIteration:
         every: int = 100,
         iterations: int = 5,
         images: str = "group",
+        mode: str = "reverse",
         tf32: bool = False,
         m: int = 0,
         per_epoch: int = 0,
@@ -65,7 +66,14 @@ class PowerIteration:
             raise ValueError(f"unknown images '{images}' for the eigenvector: group, batch, fixed")
         self.eigen, self.objective, self.params, self.buffers = eigen, objective, dict(params), dict(buffers or {})
         self.every, self.iterations, self.images, self.m, self.per_epoch = every, iterations, images, m, per_epoch
-        self.tf32, self.seed, self.all_reduce, self.rank, self.world = tf32, seed, all_reduce, rank, world
+        self.mode, self.tf32, self.seed, self.all_reduce, self.rank, self.world = (
+            mode,
+            tf32,
+            seed,
+            all_reduce,
+            rank,
+            world,
+        )
         self.fixed: tuple[Tensor, ...] | None = None
         self.calls, self.products, self.seconds, self.eigenvalue = 0, 0, 0.0, 0.0
 
@@ -83,17 +91,15 @@ class PowerIteration:
     def renew(self, *batch: Tensor) -> None:
         """p products on these images (or the fixed ones); the last Rayleigh quotient is left in `eigenvalue`."""
         start = self._clock()
-        v = self.eigen.v or self._start()
-        gpus = [v[0].device] if v[0].is_cuda else []
-        with exact_arithmetic(v[0].device, tf32=self.tf32), torch.random.fork_rng(gpus):
-            graphs = self._graphs(batch)
+        hessian = self._hessian(batch)
+        v = self._start(hessian) if self.eigen.v is None else hessian.flatten(self.eigen.v)
+        quotient = v.new_zeros(())
+        with torch.random.fork_rng([v.device] if v.is_cuda else []):
             for _ in range(self.iterations):
-                hv = self._product(v, graphs)
-                length = squared_norm(hv).sqrt()
-                found = torch.isfinite(length) & (length > 0)
-                quotient = inner(v, hv)
-                v = [torch.where(found, x / length, y) for x, y in zip(hv, v, strict=True)]
-        self.eigen.v = v
+                hv = hessian(v)
+                length, quotient = hv.norm(), torch.dot(v, hv)
+                v = torch.where(torch.isfinite(length) & (length > 0), hv / length, v)
+        self.eigen.v = hessian.unflatten(v)
         self.eigenvalue = quotient.item()  # waits for the device, so that the clock is right
         self.products += self.iterations
         self.seconds += self._clock() - start
@@ -117,15 +123,25 @@ class PowerIteration:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _leaves(self) -> Tensors:
-        full = [p if p.dtype == torch.float64 else p.float() for p in self.params.values()]
-        return [p.detach().requires_grad_() for p in full]
-
-    def _start(self) -> Tensors:
+    def _start(self, hessian: Hessian) -> Tensor:
         """A unit vector, the same on every rank and device type."""
         generator = torch.Generator().manual_seed(self.seed)
-        v = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self._leaves()]
-        return sam(v, v, 1.0)
+        v = hessian.flatten([torch.randn(s, generator=generator, dtype=hessian.dtype) for s in hessian.shapes])
+        return v.to(hessian.device) / v.norm()
+
+    def _hessian(self, batch: tuple[Tensor, ...]) -> Hessian:
+        """Of the mean loss over the images wanted, at the weights as they are, in passes of m images."""
+        weights = {n: p if p.dtype == torch.float64 else p.float() for n, p in self.params.items()}
+        means = {name: self._mean(b) for name, b in self.buffers.items()}
+
+        def objective(leaves: dict[str, Tensor], *chunk: Any) -> Tensor:
+            *images, seed = chunk
+            torch.manual_seed(seed)  # the same dropout masks in every product
+            return self.objective(leaves | {name: b.clone() for name, b in means.items()}, *images)
+
+        chunks, seed = self._chunks(batch), (self.seed + self.calls) * 1_000_003
+        batches = [(*chunk, seed + self.rank * len(chunks) + i) for i, chunk in enumerate(chunks)]
+        return Hessian(objective, weights, batches, all_reduce=self.all_reduce, mode=self.mode, tf32=self.tf32)
 
     def _chunks(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """The images of this rank, in passes of m."""
@@ -138,26 +154,6 @@ class PowerIteration:
             return chunks[:1] if self.rank == 0 else []
         return chunks
 
-    def _graphs(self, batch: tuple[Tensor, ...]) -> Callable[[], Iterator[tuple[Tensors, Tensors, float]]]:
-        """How to go through (leaves, differentiable gradient, weight) of all passes, once a product."""
-        chunks = self._chunks(batch)
-        total = sum(len(chunk[0]) for chunk in chunks) * (1 if self.images == "group" else self.world)
-        means = {name: self._mean(b) for name, b in self.buffers.items()}
-
-        def graphs() -> Iterator[tuple[Tensors, Tensors, float]]:
-            for i, chunk in enumerate(chunks):
-                leaves = self._leaves()
-                buffers = {name: b.clone() for name, b in means.items()}
-                torch.manual_seed((self.seed + self.calls) * 1_000_003 + self.rank * len(chunks) + i)
-                loss = self.objective(dict(zip(self.params, leaves, strict=True)) | buffers, *chunk)
-                g = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
-                yield leaves, list(g), len(chunk[0]) / total
-
-        if len(chunks) > 1:
-            return graphs
-        kept = list(graphs())
-        return lambda: iter(kept)
-
     def _mean(self, buffer: Tensor) -> Tensor:
         """A copy of a running statistic, averaged over the ranks, whose steps leave each its own."""
         mean = buffer.clone()
@@ -165,32 +161,3 @@ class PowerIteration:
             self.all_reduce(mean)
             mean.div_(self.world)
         return mean
-
-    def _product(self, v: Tensors, graphs: Callable[[], Iterator[tuple[Tensors, Tensors, float]]]) -> Tensors:
-        """H v: the derivative of <grad f, v>, mean over the passes, one reduction over the ranks."""
-        total = torch.cat([torch.zeros_like(x).reshape(-1) for x in v])
-        for leaves, g, weight in graphs():
-            curved = [i for i, gi in enumerate(g) if gi.requires_grad]
-            if curved:
-                outputs, directions = [g[i] for i in curved], [v[i] for i in curved]
-                hv = torch.autograd.grad(
-                    outputs, leaves, directions, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                total.add_(torch.cat([x.reshape(-1) for x in hv]), alpha=weight)
-        if self.all_reduce is not None:
-            self.all_reduce(total)
-        return [part.view_as(x) for part, x in zip(total.split([x.numel() for x in v]), v, strict=True)]
-
-
-@contextmanager
-def exact_arithmetic(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
-    """fp32 arithmetic (or TF32) and an attention that can be differentiated twice, inside the block only."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution

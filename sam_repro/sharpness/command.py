@@ -27,8 +27,8 @@ from sam_repro.evaluate_command import read_config
 from sam_repro.initial import read_weights
 from sam_repro.models import build_model
 from sam_repro.objective import forward_of, loss_of
+from sam_repro.optim.hvp import Hessian
 from sam_repro.paper.style import RC, colours_of, save
-from sam_repro.sharpness.hvp import Hessian
 from sam_repro.sharpness.lanczos import dominant, lanczos, spectral_density
 from sam_repro.sharpness.measures import sharpness
 from sam_repro.sharpness.sde import simulate

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sam_repro.optim.hvp import Hessian
 from sam_repro.optim.perturb import PERTURBATIONS
-from sam_repro.sharpness.hvp import Hessian
 
 
 def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sam_repro.sharpness.hvp import Hessian
+from sam_repro.optim.hvp import Hessian
 
 
 def filter_normalised(params: Mapping[str, Tensor], *, seed: int = 0) -> list[Tensor]:

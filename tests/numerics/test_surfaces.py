@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from sam_repro.cli import main
 from sam_repro.config import compose_config
-from sam_repro.sharpness.hvp import Hessian
+from sam_repro.optim.hvp import Hessian
 from sam_repro.sharpness.sde import network_loss, simulate, taylor
 from sam_repro.sharpness.surfaces import filter_normalised, line, plane
 from sam_repro.sharpness.toy import trajectories

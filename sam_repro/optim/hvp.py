@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,21 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Mean loss of some images: objective(params, *batch) -> 0-d tensor. The contract of sam_repro.optim.step.
 Objective = Callable[..., Tensor]
-Batch = tuple[Tensor, ...]
+Batch = tuple[Any, ...]
 
 
 @contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
+def exact_arithmetic(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
     """Full fp32 products and an attention that can be differentiated twice, inside the block only.
 
-    Fused attention has neither a double backward nor a forward derivative, so the unfused kernel replaces it. TF32
-    and autocast are off: rounding weights to 10 bits is a perturbation as large as those that a curvature measures.
+    Fused attention has neither a double backward nor a forward derivative, so the unfused kernel replaces it. Autocast
+    is off, and TF32 unless asked for: rounding weights to 10 bits is a perturbation as large as those that a
+    curvature measures.
     """
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
@@ -48,11 +50,13 @@ class Hessian:
     Args:
         objective: (params, *batch) -> mean loss of the images, a 0-d tensor.
         params: the parameters by name, all of one dtype (float32 or float64) and device. v follows their order.
-        batches: tuples of tensors whose first dimension counts images. Read once for every product.
+        batches: what the objective takes; the first of each is a tensor whose first dimension counts images. Read once
+            for every product.
         all_reduce: sums a flat tensor over the ranks in place; None for one rank.
         mode: "reverse" | "forward".
         keep: keep the gradient's graph of every batch (reverse only). None: if there is only one batch.
         compiled: torch.compile the product (forward only).
+        tf32: allow TF32 in products on a GPU, whose relative error is then about 1e-3.
 
     Attributes:
         size, dtype, device: of the vectors it takes.
@@ -72,12 +76,14 @@ class Hessian:
         mode: str = "reverse",
         keep: bool | None = None,
         compiled: bool = False,
+        tf32: bool = False,
     ):
         if mode not in ("reverse", "forward"):
             raise ValueError(f"unknown mode '{mode}': reverse or forward")
         if iter(batches) is batches:
             raise ValueError("batches can be read only once; give a list, or an object that iterates anew every time")
         self.objective, self.batches, self.all_reduce, self.mode = objective, batches, all_reduce, mode
+        self.tf32 = tf32
         self.params = {name: p.detach() for name, p in params.items()}
         first = next(iter(self.params.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -94,18 +100,17 @@ class Hessian:
         """H v, a new flat vector, equal on all ranks."""
         self.products += 1
         vs = self.unflatten(v)
-        with exact_arithmetic(self.device):
+        with self._arithmetic():
             if self.mode == "forward":
                 parts = ((self.tangent(vs, batch), len(batch[0])) for batch in self.batches)
             else:
                 parts = ((self._backward(leaves, g, vs), n) for leaves, g, n in self._graphs())
             return self._mean(parts, length=self.size)
 
-    @torch.no_grad()
     def loss(self, point: Sequence[Tensor] | None = None) -> Tensor:
         """The mean loss over the same images in the same arithmetic, at these or other weights (one tensor a name)."""
         weights = list(self.params.values()) if point is None else point
-        with exact_arithmetic(self.device):
+        with self._arithmetic(), torch.no_grad():
             parts = (([self._loss(weights, batch)], len(batch[0])) for batch in self.batches)
             return self._mean(parts, length=1)[0]
 
@@ -119,7 +124,7 @@ class Hessian:
                 g = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
                 yield [*g, loss.detach()], len(batch[0])
 
-        with exact_arithmetic(self.device):
+        with self._arithmetic():
             both = self._mean(parts(), length=self.size + 1)
         return both[-1], both[:-1]
 
@@ -136,6 +141,9 @@ class Hessian:
     def unflatten(self, v: Tensor) -> list[Tensor]:
         """Views of a flat vector in the shapes of the parameters."""
         return [part.view(shape) for part, shape in zip(v.split(self.sizes), self.shapes, strict=True)]
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return exact_arithmetic(self.device, tf32=self.tf32)
 
     def _loss(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         return self.objective(dict(zip(self.params, leaves, strict=True)), *batch)
