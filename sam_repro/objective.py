@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +115,9 @@ def gradient_step(
         if isinstance(perturbation, Eigen):
             method["before"] = PowerIteration(
                 perturbation, curved_objective(cfg, model, ranks), params, buffers=buffers,
-                every=o.k, iterations=o.p, images=o.eigen_images, tf32=o.eigen_tf32, m=m, seed=cfg.seed,
+                around=partial(in_mode, model, training=o.eigen_mode == "train"),
+                compiled=compiled and o.eigen_mode == "eval", tf32=o.eigen_tf32,
+                every=o.k, iterations=o.p, images=o.eigen_images, m=m, seed=cfg.seed,
                 per_epoch=steps_per_epoch if o.faithful_release else 0, **peers,
             )  # fmt: skip
     if o.every > 1:
@@ -128,18 +132,24 @@ def is_fused(o: OptimConfig) -> bool:
 
 
 def curved_objective(cfg: Config, model: nn.Module, ranks: Ranks) -> Callable[..., Tensor]:
-    """The objective for products with its Hessian: full precision, not compiled, in optim.eigen_mode."""
+    """The objective for products with its Hessian: full precision, not compiled."""
     forward, loss = forward_of(cfg, model, ranks.device, bf16=False), loss_of(cfg)
 
     def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        training = model.training
-        model.train(cfg.optim.eigen_mode == "train")
-        try:
-            return loss(forward(tensors, images), labels)
-        finally:
-            model.train(training)
+        return loss(forward(tensors, images), labels)
 
     return objective
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode inside the block."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def group_strategy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ class PowerIteration:
 
     Args:
         eigen: whose v is renewed.
-        objective: (params | buffers, *batch) -> mean loss, in full precision, not compiled, in the mode (eval or train)
-            that the Hessian is wanted in. It gets throw-away copies of the buffers.
+        objective: (params | buffers, *batch) -> mean loss, in full precision, not compiled. It gets throw-away copies
+            of the buffers.
         params, buffers: as the step's.
         every, iterations: k and p.
         images: "group" (rank 0's first m images) | "batch" (the step's, all ranks) | "fixed" (those given to `fix`).
-        mode: how a product is made: "reverse" (one pass keeps its graph for all p products) | "forward" (Hessian).
+        around: a context for the products: the mode (eval or train) that the Hessian is wanted in.
+        mode, compiled: how a product is made, as Hessian's. One pass of m images keeps its graph for all p products;
+            compiled products draw no dropout masks and write no buffers.
         tf32: allow TF32 in products on a GPU, whose relative error is then about 1e-3.
         m: images a pass; 0 takes all at once.
         per_epoch: count steps modulo this number; 0 counts all steps.
@@ -51,7 +54,9 @@ class PowerIteration:
         every: int = 100,
         iterations: int = 5,
         images: str = "group",
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
         mode: str = "reverse",
+        compiled: bool = False,
         tf32: bool = False,
         m: int = 0,
         per_epoch: int = 0,
@@ -66,15 +71,10 @@ class PowerIteration:
             raise ValueError(f"unknown images '{images}' for the eigenvector: group, batch, fixed")
         self.eigen, self.objective, self.params, self.buffers = eigen, objective, dict(params), dict(buffers or {})
         self.every, self.iterations, self.images, self.m, self.per_epoch = every, iterations, images, m, per_epoch
-        self.mode, self.tf32, self.seed, self.all_reduce, self.rank, self.world = (
-            mode,
-            tf32,
-            seed,
-            all_reduce,
-            rank,
-            world,
-        )
+        self.around, self.mode, self.compiled, self.tf32, self.seed = around, mode, compiled, tf32, seed
+        self.all_reduce, self.rank, self.world = all_reduce, rank, world
         self.fixed: tuple[Tensor, ...] | None = None
+        self.hessian: Hessian | None = None
         self.calls, self.products, self.seconds, self.eigenvalue = 0, 0, 0.0, 0.0
 
     def fix(self, *batch: Tensor) -> None:
@@ -91,14 +91,15 @@ class PowerIteration:
     def renew(self, *batch: Tensor) -> None:
         """p products on these images (or the fixed ones); the last Rayleigh quotient is left in `eigenvalue`."""
         start = self._clock()
-        hessian = self._hessian(batch)
+        hessian = self._operator(batch)
         v = self._start(hessian) if self.eigen.v is None else hessian.flatten(self.eigen.v)
         quotient = v.new_zeros(())
-        with torch.random.fork_rng([v.device] if v.is_cuda else []):
+        with self.around(), torch.random.fork_rng([v.device] if v.is_cuda else []):
             for _ in range(self.iterations):
                 hv = hessian(v)
                 length, quotient = hv.norm(), torch.dot(v, hv)
                 v = torch.where(torch.isfinite(length) & (length > 0), hv / length, v)
+        hessian.graphs = []
         self.eigen.v = hessian.unflatten(v)
         self.eigenvalue = quotient.item()  # waits for the device, so that the clock is right
         self.products += self.iterations
@@ -129,19 +130,25 @@ class PowerIteration:
         v = hessian.flatten([torch.randn(s, generator=generator, dtype=hessian.dtype) for s in hessian.shapes])
         return v.to(hessian.device) / v.norm()
 
-    def _hessian(self, batch: tuple[Tensor, ...]) -> Hessian:
-        """Of the mean loss over the images wanted, at the weights as they are, in passes of m images."""
+    def _operator(self, batch: tuple[Tensor, ...]) -> Hessian:
+        """The Hessian of the mean loss over the images wanted, at the weights as they are, in passes of m images."""
         weights = {n: p if p.dtype == torch.float64 else p.float() for n, p in self.params.items()}
         means = {name: self._mean(b) for name, b in self.buffers.items()}
-
-        def objective(leaves: dict[str, Tensor], *chunk: Any) -> Tensor:
-            *images, seed = chunk
-            torch.manual_seed(seed)  # the same dropout masks in every product
-            return self.objective(leaves | {name: b.clone() for name, b in means.items()}, *images)
-
         chunks, seed = self._chunks(batch), (self.seed + self.calls) * 1_000_003
-        batches = [(*chunk, seed + self.rank * len(chunks) + i) for i, chunk in enumerate(chunks)]
-        return Hessian(objective, weights, batches, all_reduce=self.all_reduce, mode=self.mode, tf32=self.tf32)
+        batches = [(*c, means, seed + self.rank * len(chunks) + i) for i, c in enumerate(chunks)]
+        if self.hessian is None:  # once, so that it is compiled once
+            options = {"mode": self.mode, "compiled": self.compiled, "tf32": self.tf32}
+            self.hessian = Hessian(self._objective, weights, batches, all_reduce=self.all_reduce, **options)
+        self.hessian.keep = len(batches) == 1
+        self.hessian.renew(weights, batches)
+        return self.hessian
+
+    def _objective(self, leaves: dict[str, Tensor], *chunk: Any) -> Tensor:
+        """The loss of (images, ..., buffers, seed)."""
+        *images, buffers, seed = chunk
+        if not self.compiled:
+            torch.manual_seed(seed)  # the same dropout masks in every product
+        return self.objective(leaves | {name: b.clone() for name, b in buffers.items()}, *images)
 
     def _chunks(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """The images of this rank, in passes of m."""

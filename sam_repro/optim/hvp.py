@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Mean loss of some images: objective(params, *batch) -> 0-d tensor. The contract of sam_repro.optim.step.
@@ -44,8 +45,8 @@ class Hessian:
     dropout mask at each product, is no Hessian of one function.
 
     Two ways to the same product. "reverse" differentiates <grad f, v> backward; where this rank has one batch, the
-    graph of its gradient is kept, and a product costs one backward pass through it. "forward" differentiates grad f
-    along v, in one traced function that torch.compile can take; it keeps nothing between products.
+    graph of its gradient is kept, and a product costs one backward pass through it: 6 units of work where one that
+    starts anew costs 9 and a gradient 3. "forward" differentiates grad f along v and keeps nothing between products.
 
     Args:
         objective: (params, *batch) -> mean loss of the images, a 0-d tensor.
@@ -55,7 +56,8 @@ class Hessian:
         all_reduce: sums a flat tensor over the ranks in place; None for one rank.
         mode: "reverse" | "forward".
         keep: keep the gradient's graph of every batch (reverse only). None: if there is only one batch.
-        compiled: torch.compile the product (forward only).
+        compiled: torch.compile the gradient (reverse) or the product (forward). The objective must be traceable: no
+            graph break, no change of a module's mode, no write to a buffer.
         tf32: allow TF32 in products on a GPU, whose relative error is then about 1e-3.
 
     Attributes:
@@ -93,8 +95,10 @@ class Hessian:
         self.sizes = [p.numel() for p in self.params.values()]
         self.size, self.products = sum(self.sizes), 0
         self.keep = len(batches) == 1 if keep is None else keep
-        self.graphs: list[tuple[list[Tensor], tuple[Tensor, ...], int]] = []
-        self.tangent = torch.compile(self._tangent) if compiled else self._tangent
+        self.graphs: list[tuple[list[Tensor], Sequence[Tensor], int]] = []
+        self.compiled = compiled
+        self.tangent = torch.compile(self._tangent, dynamic=False) if compiled else self._tangent
+        self.differentiate = torch.compile(self._traceable, dynamic=False) if compiled else self._gradient
 
     def __call__(self, v: Tensor) -> Tensor:
         """H v, a new flat vector, equal on all ranks."""
@@ -132,6 +136,11 @@ class Hessian:
         """All of H, a (size, size) tensor: for small nets."""
         return torch.stack([self(e) for e in torch.eye(self.size, dtype=self.dtype, device=self.device)])
 
+    def renew(self, params: Mapping[str, Tensor], batches: Sequence[Batch]) -> None:
+        """Other weights and images for the same function; what was compiled stays."""
+        self.params = {name: p.detach() for name, p in params.items()}
+        self.batches, self.graphs = batches, []
+
     def flatten(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
         """One flat vector of one tensor a parameter, in the order of `params`."""
         if isinstance(tensors, Mapping):
@@ -142,13 +151,17 @@ class Hessian:
         """Views of a flat vector in the shapes of the parameters."""
         return [part.view(shape) for part, shape in zip(v.split(self.sizes), self.shapes, strict=True)]
 
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return exact_arithmetic(self.device, tf32=self.tf32)
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Exact; and a compiled backward pass that may be called again, which must not recycle what it was given."""
+        again = functorch_config.patch(donated_buffer=False) if self.compiled else nullcontext()
+        with exact_arithmetic(self.device, tf32=self.tf32), again:
+            yield
 
     def _loss(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         return self.objective(dict(zip(self.params, leaves, strict=True)), *batch)
 
-    def _graphs(self) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...], int]]:
+    def _graphs(self) -> Iterator[tuple[list[Tensor], Sequence[Tensor], int]]:
         """(weights, differentiable gradient, number of images) of every batch; remembered where `keep` says so."""
         if self.graphs:
             yield from self.graphs
@@ -156,14 +169,22 @@ class Hessian:
         kept = []
         for batch in self.batches:
             leaves = [p.detach().requires_grad_() for p in self.params.values()]
-            loss = self._loss(leaves, batch)
-            g = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            g = self.differentiate(leaves, batch)
             if self.keep:
                 kept.append((leaves, g, len(batch[0])))
             yield leaves, g, len(batch[0])
         self.graphs = kept
 
-    def _backward(self, leaves: list[Tensor], g: tuple[Tensor, ...], vs: list[Tensor]) -> Sequence[Tensor]:
+    def _gradient(self, leaves: list[Tensor], batch: Batch) -> Sequence[Tensor]:
+        """The gradient of one batch, with its graph."""
+        loss = self._loss(leaves, batch)
+        return torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+
+    def _traceable(self, leaves: list[Tensor], batch: Batch) -> Sequence[Tensor]:
+        """The same for torch.compile: its backward pass is then the product, fused, with what it needs kept."""
+        return torch.func.grad(lambda tensors: self._loss(tensors, batch))(leaves)
+
+    def _backward(self, leaves: list[Tensor], g: Sequence[Tensor], vs: list[Tensor]) -> Sequence[Tensor]:
         """H v as the derivative of <g, v>. A gradient that is constant (a linear layer's, say) adds nothing."""
         pairs = [(gi, vi) for gi, vi in zip(g, vs, strict=True) if gi.requires_grad]
         if not pairs:
