@@ -21,6 +21,7 @@ from sam_repro.paper.outcome import curve
 from sam_repro.paper.rates import Entry, benchmarks_dir
 from sam_repro.paper.runs import unique_runs
 from sam_repro.paper.spec import Table
+from sam_repro.paper.worker import fresh
 
 BATCH = 256  # images a step: a multiple of m, and no more than the generated training set has
 STEPS, WARM = 9, 3  # logged one by one; the first ones compile and allocate
@@ -36,6 +37,7 @@ def calibrate(tables: list[Table], gpu: str) -> Path:
     for i, cfg in enumerate(kinds.values(), 1):
         print(f"({i}/{len(kinds)}) step of {cfg.model.name} with {cfg.optim.name}", file=sys.stderr)
         entry, hardware = measure_step(cfg)
+        fresh()
         entries.append(entry)
     for name, cfg in {cfg.data.name: cfg for cfg in kinds.values()}.items():
         print(f"loader of {name}", file=sys.stderr)

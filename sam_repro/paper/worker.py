@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -21,6 +22,8 @@ from sam_repro.signals import Interrupted
 
 def main() -> None:
     """Answer until stdin ends or a run was told to stop."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # a run takes them over until it ends
+        signal.signal(number, leave)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -31,11 +34,16 @@ def main() -> None:
         fresh()
 
 
+def leave(number: int, frame: Any) -> None:
+    """Told to stop before a run has begun or after it has ended."""
+    raise Interrupted(128 + number)
+
+
 def attempt(task: dict[str, Any]) -> dict[str, str]:
     """One run, as `python train.py <overrides>` would do it: {"status": ..., "why": ...}."""
-    from sam_repro.train import main as train
-
     try:
+        from sam_repro.train import main as train
+
         cfg = compose_config(task["overrides"])
         cfg.log.progress = "lines"
         if task["ledger"]:
