@@ -48,7 +48,9 @@ FED = ("ours-gpu", "ours-ffcv", "ours-torch", "ffcv", "torchvision-uint8")  # pa
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder or .zip of JPEGs of about 500 px; read as they are")
-    parser.add_argument("--count", type=int, help="images an epoch, by repetition (default: eight batches)")
+    parser.add_argument(
+        "--count", type=int, help="images an epoch, by repetition (default: 32 batches, or four a worker)"
+    )
     parser.add_argument("--parties", nargs="*", help=f"only these of {', '.join(PARTIES)}; none: no loader alone")
     parser.add_argument("--batch", type=int, help="default: 512 on a GPU, else 64")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
@@ -63,7 +65,7 @@ def arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.batch = args.batch or (512 if args.device == "cuda" else 64)
-    args.count = args.count or 8 * args.batch * (1 if args.device == "cuda" else 4)
+    args.count = args.count or max(32, 4 * args.workers) * args.batch
     return args
 
 
@@ -98,10 +100,14 @@ def generated(index: int) -> bytes:
 def prepare(root: Path, jpegs: list[bytes], count: int) -> None:
     """root/train/<class>/*.jpg and root/train.beton: the same bytes, `count` images by repetition."""
     sides = [Image.open(io.BytesIO(j)).size for j in jpegs]
-    for i in range(count):
-        file = root / "train" / f"c{i % CLASSES}" / f"{i:06}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(jpegs[i % len(jpegs)])
+    for label in range(CLASSES):
+        (root / "train" / f"c{label}").mkdir(parents=True)
+    files = [root / "train" / f"c{i % CLASSES}" / f"{i:06}.jpg" for i in range(count)]
+    for i, file in enumerate(files):
+        if i < len(jpegs):
+            file.write_bytes(jpegs[i])
+        else:
+            file.hardlink_to(files[i % len(jpegs)])
     which = [(i % len(jpegs), i % CLASSES) for i in range(count)]
     samples = ((jpegs[k], sides[k][1], sides[k][0], label, False) for k, label in which)
     write_beton(root / "train.beton", samples, capacity=count)
@@ -152,14 +158,15 @@ class Party:
 def loaders_alone(root: Path, args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> None:
     """Every party's rate, in turns."""
     names = [n for n in available(torch.device(args.device)) if args.parties is None or n in args.parties]
+    together = args.workers >= 2 * len(names)  # else one at a time, so that the first batch has the machine for itself
     parties, first = [], {}
-    for name in names:  # one at a time, so that the first batch has the machine for itself
-        party = Party(name, root, args)
+    waiting = [Party(name, root, args) for name in names] if together else (Party(name, root, args) for name in names)
+    for party in waiting:
         started = party.answer()
         if started:
             parties.append(party)
-            first[name] = started["first_batch_seconds"]
-            print(f"{name:18} first batch after {first[name]:.1f} s", flush=True)
+            first[party.name] = started["first_batch_seconds"]
+            print(f"{party.name:20} first batch after {first[party.name]:.1f} s", flush=True)
     for number in range(args.rounds):
         parties = [p for p in parties if p.measure(args.seconds)]
         entries = []
@@ -170,7 +177,8 @@ def loaders_alone(root: Path, args: argparse.Namespace, save: Callable[[list[dic
             entry |= {"images_per_busy_core_second": statistics.median(per_core), "rounds": p.rounds}
             entries.append(entry | {"first_batch_seconds": first[p.name]})
         save(entries)
-        print(f"round {number + 1}: " + ", ".join(f"{e['party']} {e['images_per_second']:.0f}" for e in entries))
+        rates = ", ".join(f"{e['party']} {e['images_per_second']:.0f}" for e in entries)
+        print(f"round {number + 1}, medians so far: {rates}", flush=True)
     for party in parties:
         party.close()
 

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -110,6 +111,15 @@ def ours(root: Path, batch: int, workers: int, device: torch.device, **choice: s
         epoch += 1
 
 
+def ours_gpu(root: Path, batch: int, workers: int, device: torch.device, *, decoder: str = "") -> Batches:
+    """This project's loader with decoding on the GPU, by the decoder that it would choose or by one of them."""
+    from sam_repro.data import gpu_decode
+
+    if decoder:
+        gpu_decode.DECODERS = {decoder: gpu_decode.DECODERS[decoder]}
+    return ours(root, batch, workers, device, decode="gpu")
+
+
 PARTIES = {
     "torchvision": torchvision,
     "torchvision-uint8": torchvision_uint8,
@@ -117,14 +127,19 @@ PARTIES = {
     "ffcv": ffcv,
     "ours-ffcv": lambda *a: ours(*a, backend="ffcv", decode="cpu"),
     "ours-torch": lambda *a: ours(*a, backend="torch", decode="cpu"),
-    "ours-gpu": lambda *a: ours(*a, decode="gpu"),
+    "ours-gpu": ours_gpu,
+    "ours-gpu-torchcodec": partial(ours_gpu, decoder="torchcodec"),
+    "ours-gpu-torchvision": partial(ours_gpu, decoder="torchvision"),
+    "ours-gpu-nvimgcodec": partial(ours_gpu, decoder="nvimgcodec"),
 }
 
 
 def available(device: torch.device) -> list[str]:
     """The parties that this machine can run."""
     lacking = {name for name in PARTIES if "ffcv" in name and importlib.util.find_spec("ffcv") is None}
-    return [name for name in PARTIES if name not in lacking and (name != "ours-gpu" or device.type == "cuda")]
+    if device.type != "cuda":
+        lacking |= {name for name in PARTIES if name.startswith("ours-gpu")}
+    return [name for name in PARTIES if name not in lacking]
 
 
 def lockstep(name: str, workers: int) -> int:

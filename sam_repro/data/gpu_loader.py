@@ -116,6 +116,8 @@ class GPULoader:
         images: dict[int, Tensor] = {}
         try:
             images |= zip(jpegs, self.decode([stored[k] for k in jpegs], self.device) if jpegs else [], strict=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # one image fails the whole call: find out which
             for k in jpegs:
                 try:
