@@ -31,7 +31,7 @@ from sam_repro.paper.outcome import (
     winners,
 )
 from sam_repro.paper.plan import positive
-from sam_repro.paper.spec import Table, load_table
+from sam_repro.paper.spec import Table, TableRow, load_table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -90,7 +90,8 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
     header += [title for _, title in curves] + ["ms a step"] * timed
     lines = []
     for o in found:
-        line = [o.row.model, o.row.method + "".join(f" [{w}]" for w in o.row.warnings)]
+        method = ", ".join([o.row.method, *point_of(o.row)])
+        line = [o.row.model, method + "".join(f" [{w}]" for w in o.row.warnings)]
         for cell in o.cells:
             line += words_of(cell, o, compared=compared[cell.column.name])
         line += [number(o.metric(name), 3) for name, _ in curves] + [number(o.step_ms, 1)] * timed
@@ -107,6 +108,11 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         footnotes=footnotes_of(table) + ([GAP] if curves else []),
         provenance=sentences_of(provenance_of(found)),
     )
+
+
+def point_of(row: TableRow) -> list[str]:
+    """A row's place in its grid: ['alpha=0.2', 'rho_max=0.6']."""
+    return [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in row.point.items()]
 
 
 CURVES = (("surrogate_gap", "h"), ("cosine", "cos θ"))
@@ -149,7 +155,7 @@ def sentence_of(order: Order, table: Table) -> str:
 def chosen(winner: Winner, table: Table) -> str:
     """'ViT-B/32, GSAM: alpha=0.2 is best on minival (75.31 %, of 5 measured points of 6)'."""
     row = winner.outcome.row
-    point = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in row.point.items())
+    point = ", ".join(point_of(row))
     return (
         f"{row.model}, {row.method}: {point} is best on {table.select} "
         f"({winner.score:.2f} %, of {winner.measured} measured points of {winner.points})"
