@@ -78,6 +78,7 @@ class AugmentConfig:
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # inception: range of width / height
     flip: bool = True  # left-right with probability 1/2
     randaugment: int = 0  # magnitude of RandAugment's two operations, as in TensorFlow's code (10, 15); 0 is off
+    cutout: int = 0  # side in pixels of a square of the mean colour, centred anywhere in each image; 0 is off
     mixup: float = 0.0  # p of the Beta(p, p) that mixes each group's images with their neighbours; 0 is off
 
 
@@ -313,7 +314,7 @@ def validate(cfg: Config) -> None:
     positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
     positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every")
     not_negative = ("recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
-    not_negative += ("augment.mixup", "augment.randaugment", "data.finetune_warmup")
+    not_negative += ("augment.cutout", "augment.mixup", "augment.randaugment", "data.finetune_warmup")
     not_negative += ("data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
     for key, allowed in words.items():
         value = lookup(cfg, key)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sam_repro import checkpoint, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
 from sam_repro.data import Loader
-from sam_repro.data.augment import mixup
+from sam_repro.data.augment import cutout, mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
 from sam_repro.errors import UserError
@@ -155,6 +155,9 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             for group in base.param_groups:
                 group["lr"] = lr
             rho = rho_of(cfg, lr)
+            if cfg.augment.cutout:
+                hide = {"side": cfg.augment.cutout, "mean": cfg.data.mean, "first": ranks.rank * local_batch}
+                images = cutout(images, **hide, seed=cfg.seed, step=done)
             if cfg.augment.mixup:
                 mix = {"p": cfg.augment.mixup, "classes": cfg.data.num_classes, "m": math.gcd(cfg.optim.m, local_batch)}
                 images, labels = mixup(images, labels, **mix, seed=cfg.seed, step=done, rank=ranks.rank)

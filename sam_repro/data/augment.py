@@ -1,6 +1,6 @@
-"""Augmentation beyond crop and flip: RandAugment in the loader's threads, mixup on the device.
+"""Augmentation beyond crop and flip: RandAugment in the loader's threads, cutout and mixup on the device.
 
-Both draw from counter-based streams, as the crops do: the same images for any number of workers and ranks.
+All draw from counter-based streams, as the crops do: the same images for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numba import njit
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from sam_repro.data.crop import stream, uniform
 LAYERS = 2  # operations an image
 LEVELS = 10  # magnitude 10 is the full range of AutoAugment; 15 goes beyond it, as in the reference
 GREY = (128, 128, 128)  # what rotations and shifts bring in
-TAG = 0x72616E64  # separates this stream from the crop's
+TAG, CUTOUT_TAG = 0x72616E64, 0x6375746F7574  # separate these streams from the crop's
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
@@ -75,6 +76,49 @@ def rand_augment(pixels: np.ndarray, magnitude: int, *, seed: int, epoch: int, i
         sign = 1.0 if draws[1] < 0.5 else -1.0
         image = operation(image, magnitude / LEVELS, sign, (draws[2], draws[3]))
     pixels[:] = np.asarray(image)
+
+
+def cutout(images: Tensor, *, side: int, mean: list[float], seed: int, step: int, first: int = 0) -> Tensor:
+    """Hide a square of each image, centred anywhere and cut at the edges (DeVries & Taylor 2017).
+
+    Done before a step, so that both of its passes see the same images.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        side: of the square, pixels.
+        mean: colour of the square, in [0, 1]: nothing, once normalised.
+        seed, step: of the run, of the update.
+        first: the place of images[0] in the global batch; the squares depend on nothing else.
+
+    Returns:
+        the images, with their strides.
+    """
+    height, width = images.shape[2:]
+    centres = _sent(_centres(seed ^ CUTOUT_TAG, step, first, len(images), height, width), images.device)
+    colour = _sent(np.array([round(255 * v) for v in mean], np.uint8), images.device)
+    rows, columns = _covered(centres[0], side, height), _covered(centres[1], side, width)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], colour.view(1, 3, 1, 1), images)
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without making the host wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _covered(centres: Tensor, side: int, length: int) -> Tensor:
+    """bool [B, length]: which pixels of an axis a segment of `side` covers."""
+    place = torch.arange(length, device=centres.device) - centres[:, None] + side // 2
+    return (place >= 0) & (place < side)
+
+
+@njit(cache=True, nogil=True)
+def _centres(seed, step, first, count, height, width):
+    out = np.empty((2, count), np.int64)
+    for i in range(count):
+        key = stream(seed, step, first + i)
+        out[0, i], out[1, i] = int(uniform(key, 0) * height), int(uniform(key, 1) * width)
+    return out
 
 
 def mixup(

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from sam_repro.config import AugmentConfig, DataConfig, compose_config, validate
 from sam_repro.data import build_loader
-from sam_repro.data.augment import OPERATIONS, mixup, rand_augment
+from sam_repro.data.augment import OPERATIONS, cutout, mixup, rand_augment
+from sam_repro.errors import UserError
 from sam_repro.objective import loss_of
 
 CPU = torch.device("cpu")
@@ -111,3 +112,28 @@ def test_files():
     medium, strong = compose_config(["augment=medium"]).augment, compose_config(["augment=strong"]).augment
     assert (medium.mixup, medium.randaugment, strong.mixup, strong.randaugment) == (0.2, 10, 0.2, 15)
     assert medium.scale == [0.05, 1.0] and medium.flip
+
+
+def test_cutout_hides_a_square_of_the_mean_colour():
+    images = torch.full((400, 3, 32, 20), 7, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    choice = {"side": 9, "mean": [0.4, 0.5, 0.6], "seed": 3, "step": 5}
+    out = cutout(images, **choice)
+    assert out.dtype == torch.uint8 and out.stride() == images.stride() and (images == 7).all()
+    hidden = (out != 7).any(1)
+    assert (out.movedim(1, -1)[hidden] == torch.tensor([102, 128, 153])).all()
+    rows, columns = hidden.any(2).sum(1), hidden.any(1).sum(1)
+    assert torch.equal(hidden.sum((1, 2)), rows * columns)  # a full rectangle
+    assert rows.max() == columns.max() == 9 and rows.min() == columns.min() == 5  # cut at the edges
+    share = hidden.float().mean(0)
+    assert share[4:-4, 4:-4].mean() == pytest.approx(81 / 640, rel=0.1)  # centres are uniform
+    assert not torch.equal(cutout(images, **choice | {"step": 6}), out)
+    halves = [cutout(images[i : i + 200], **choice, first=i) for i in (0, 200)]
+    assert torch.equal(torch.cat(halves), out)  # two ranks hide what one does
+
+
+def test_cutout_is_off_unless_asked_for():
+    cfg = compose_config(["model=vit_b32", "optim=gsam", "augment=cifar"])
+    assert cfg.augment.cutout == 0
+    validate(compose_config(["model=vit_b32", "optim=gsam", "augment=cifar", "augment.cutout=16"]))
+    with pytest.raises(UserError, match="augment.cutout=-1"):
+        validate(compose_config(["model=vit_b32", "optim=gsam", "augment.cutout=-1"]))
