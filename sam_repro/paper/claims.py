@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from itertools import combinations
+from typing import Any
+
+from scipy.stats import spearmanr
 
 from sam_repro.paper.outcome import Outcome
 from sam_repro.paper.spec import Column, Table
@@ -18,7 +21,9 @@ def judged(table: Table, found: list[Outcome]) -> list[str]:
     lines = []
     for claim in table.claims:
         column = columns[claim.column]
-        if claim.falls_with:
+        if claim.follows:
+            word, why = association(found, column, columns[claim.follows])
+        elif claim.falls_with:
             word, why = trend([o for o in found if claim.falls_with in o.row.point], claim.falls_with, column)
         else:
             word, why = contrast(by_id[claim.better], by_id[claim.than], column, lower=claim.lower)
@@ -43,6 +48,23 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     return word_of(tested.p, seen=seen), why
 
 
+def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, str]:
+    """(word, evidence) on the claim that two columns order the rows alike: Spearman's rank correlation."""
+    pairs = [(mean(o, one), mean(o, other)) for o in found]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(known) < 3:
+        return "not run", ""
+    tested: Any = spearmanr(*zip(*known, strict=True))
+    why = f"{one.title} and {other.title}: rank correlation {tested.statistic:.2f} over {len(known)} points "
+    return word_of(float(tested.pvalue), seen=tested.statistic > 0), f"{why}(p = {tested.pvalue:.2g})."
+
+
+def mean(o: Outcome, column: Column) -> float | None:
+    """Mean over seeds, None without any."""
+    values = list(o.by_seed(column).values())
+    return math.fsum(values) / len(values) if values else None
+
+
 def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
     """(word, evidence) on the claim that a column falls with a key of the grid, all other keys being equal.
 
@@ -51,10 +73,10 @@ def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
     """
     groups: dict[tuple, list[tuple[float, float]]] = {}
     for o in found:
-        values = list(o.by_seed(column).values())
-        if values:
+        value = mean(o, column)
+        if value is not None:
             others = tuple(sorted((k, v) for k, v in o.row.point.items() if k != key))
-            groups.setdefault(others, []).append((o.row.point[key], math.fsum(values) / len(values)))
+            groups.setdefault(others, []).append((o.row.point[key], value))
     pairs = [(a, b) for points in groups.values() for a, b in combinations(sorted(points), 2)]
     if not pairs:
         return "not run", ""

@@ -29,7 +29,7 @@ rows:     list of
                no runs before all of the sweep's are in the ledger
     after:     <table>:<row id> whose trained weights the run starts from, seed by seed (init=<its run directory>)
 claims:   of a study, list of {text, column, better, than, lower}: the row `better` has the higher value, or with
-          `lower: true` the lower one; or {text, column, falls_with: <key of a grid>}
+          `lower: true` the lower one; or falls_with: <key of a grid>, or follows: <column>
 figure:   {kind: curves | sweep | dots, panels: [columns or metrics], x_title, log_x}
 """
 
@@ -97,6 +97,7 @@ class Claim:
     than: str = ""
     lower: bool = False
     falls_with: str = ""
+    follows: str = ""
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def check_table(table: Table) -> None:
             if isinstance(value, bool) or (value != UNREADABLE and not isinstance(value, (int, float))):
                 raise UserError(f"{where}: {column} must be a number or '{UNREADABLE}', not {value!r}")
     for claim in table.claims:
-        known = claim.falls_with and any(claim.falls_with in row.point for row in table.rows)
+        known = claim.follows in names or any(claim.falls_with in row.point for row in table.rows)
         if claim.column not in names or not (known or {claim.better, claim.than} <= set(ids)):
             raise UserError(
                 f"table {table.name}, claim '{claim.text}': it must name a column, and rows or a grid's key"

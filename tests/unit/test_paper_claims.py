@@ -62,6 +62,18 @@ def test_trend_within_groups(tmp_path: Path) -> None:
     assert f"in 5 of 6 pairs of points that differ in nothing else (p = {2 * chance:.2g})" in alpha
 
 
+def test_two_columns_that_order_rows_alike(tmp_path: Path) -> None:
+    grid = {"model.alpha": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    row = {"id": "v/gsam", "model": "V", "method": "GSAM", "overrides": ["optim=gsam_constant"], "grid": grid}
+    columns = {"val": {"title": "test"}, "gap": {"title": "h", "value": "last.surrogate_gap"}}
+    claim = {"text": "alike", "column": "gap", "follows": "val"}
+    table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": [claim]})
+    for i, r in enumerate(table.rows):
+        write_rows(tmp_path, runs_of(table, r), [100 + 10 * i], gap=[0.1, 0.3, 0.2, 0.5, 0.9][i])
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert said.startswith("**confirmed**: alike. h and test: rank correlation 0.90 over 5 points (p = 0.037)")
+
+
 def test_mahonian_numbers() -> None:
     for n in range(1, 6):
         counted = inversions(n)
