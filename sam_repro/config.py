@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sam_repro.config_log import LogConfig, SharpnessConfig
 from sam_repro.config_optim import WORDS, OptimConfig, check_method
 from sam_repro.errors import UserError
 
@@ -123,18 +124,6 @@ class TrainConfig:
 
 
 @dataclass
-class LogConfig:
-    """Where a run leaves its files. Nothing here changes a result."""
-
-    runs_dir: str = "runs"  # <runs_dir>/<run_id>: config, log.jsonl, checkpoints, final weights
-    ledger_dir: str = "results/runs"  # one immutable JSON a finished run
-    wandb: str = "auto"  # auto: online with a key, else offline | online | offline | disabled
-    project: str = "sam-repro"  # of W&B
-    group: str | None = None  # W&B group, such as table1/vit_b32
-    progress: str = "auto"  # auto: a bar on a terminal, else lines | bar | lines
-
-
-@dataclass
 class Config:
     """Everything one run needs. `python train.py --cfg job --resolve` prints it."""
 
@@ -144,6 +133,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sharpness: SharpnessConfig = field(default_factory=SharpnessConfig)
     log: LogConfig = field(default_factory=LogConfig)
     init: str | None = None  # weights to start from: a run's directory or a .safetensors file under timm's names
     seed: int = 0
@@ -152,6 +142,7 @@ class Config:
 # Keys that say where and how fast, not what: two runs that differ only here are the same run.
 MACHINE_KEYS = (
     "log",
+    "sharpness",
     "optim.groups",
     "data.root",
     "data.backend",
@@ -253,7 +244,7 @@ def fields_of(node: type, prefix: str = "") -> list[str]:
     keys = []
     for f in dataclasses.fields(node):
         group = {"model": ModelConfig, "recipe": RecipeConfig, "optim": OptimConfig, "augment": AugmentConfig}
-        group |= {"data": DataConfig, "train": TrainConfig, "log": LogConfig}
+        group |= {"data": DataConfig, "train": TrainConfig, "log": LogConfig, "sharpness": SharpnessConfig}
         if not prefix and f.name in group:
             keys += [f.name, *fields_of(group[f.name], f"{f.name}.")]
         else:
@@ -312,10 +303,11 @@ def validate(cfg: Config) -> None:
         **{f"optim.{key}": allowed for key, allowed in WORDS.items()},
     }
     positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
-    positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every")
+    positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every", "sharpness.batch")
     not_negative = ("recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
     not_negative += ("augment.cutout", "augment.mixup", "augment.randaugment", "data.finetune_warmup")
     not_negative += ("data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
+    not_negative += ("sharpness.images", "sharpness.every")
     for key, allowed in words.items():
         value = lookup(cfg, key)
         if value not in allowed:

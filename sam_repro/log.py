@@ -92,6 +92,8 @@ def metrics_of(record: Record) -> dict[str, Any]:
     """A log record as W&B metrics: accuracies in % under the name of their set, no nulls."""
     if "eval" in record:
         return {f"{record['eval']}/accuracy": 100 * record["correct"] / record["total"]}
+    if "sharpness" in record:
+        return {f"sharpness/{k}": v for k, v in record["sharpness"].items() if isinstance(v, (int, float))}
     return {k: v for k, v in record.items() if k != "step" and v is not None}
 
 
@@ -100,6 +102,9 @@ def summary(record: Record) -> str:
     if "eval" in record:
         correct, total = record["correct"], record["total"]
         return f"{record['eval']} {100 * correct / total:.2f} % ({correct}/{total})"
+    if "sharpness" in record:
+        s = record["sharpness"]
+        return f"λ_max {s['lambda_max']:.4g}, 2h/ρ² {s['estimate']:.4g}, |cos(ε, v)| {s['alignment']:.3f}"
     parts = [f"loss {record['loss']:.4f}", f"h {record['surrogate_gap']:.4f}", f"lr {record['lr']:.2e}"]
     parts += [f"rho {record['rho']:.3f}", f"{record['images_per_second']:.0f} images/s", f"ETA {clock(record['eta'])}"]
     return ", ".join(parts)

@@ -23,11 +23,14 @@ def rates(interval: float, counted: int, left: int, batch: int, seconds: float, 
 
 def curves(records: list[dict[str, Any]], most: int = 200) -> dict[str, Any]:
     """The log thinned to at most `most` training points; all evaluations."""
-    training = [r for r in records if "eval" not in r]
+    training = [r for r in records if "eval" not in r and "sharpness" not in r]
     kept = training[:: max(1, -(-len(training) // most))]
     keys = ("step", *METRICS, "lr", "rho", "step_seconds")
     evals = [{k: r[k] for k in ("step", "eval", "correct", "total")} for r in records if "eval" in r]
-    return {"train": {k: [r[k] for r in kept] for k in keys}, "eval": evals}
+    measured = [{"step": r["step"], **r["sharpness"]} for r in records if "sharpness" in r]
+    return {"train": {k: [r[k] for r in kept] for k in keys}, "eval": evals} | (
+        {"sharpness": measured} if measured else {}
+    )
 
 
 def report(row: Row, path: Path) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -33,6 +34,7 @@ from sam_repro.models import build_model
 from sam_repro.objective import average_buffers, forward_of, gradient_step
 from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups, lr_at, rho_at
 from sam_repro.setup import hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
+from sam_repro.sharpness.monitor import Monitor
 from sam_repro.signals import Interrupted, StopSignal
 from sam_repro.summary import curves, model_card, rates, report
 
@@ -92,6 +94,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
         step = gradient_step(cfg, model, ranks, local_batch=local_batch, steps_per_epoch=steps_per_epoch, bf16=bf16)
         if isinstance(step.before, PowerIteration) and cfg.optim.eigen_images == "fixed":
             step.before.fix(*(t.clone() for t in next(iter(train_loader.epoch(0, 0)))))
+        monitor = Monitor(cfg, model, step, ranks) if cfg.sharpness.images else None
         try:
             base = build_base(
                 cfg.recipe.base,
@@ -143,6 +146,17 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
                 log.record({"step": done, "eval": split, **count})
             return counts
 
+        def measure(*, final: bool = False) -> dict[str, Any]:
+            """The sharpness at these weights, logged; empty where none is wanted."""
+            if monitor is None:
+                return {}
+            found = monitor(done, rho_of(cfg, lr_schedule(max(done - 1, 0))), final=final)
+            if "problem" in found:
+                log.say(found["problem"])
+            else:
+                log.record({"step": done, "sharpness": found})
+            return found
+
         # ---- loop ------------------------------------------------------------------------------------------------
         eval_every = round(cfg.train.eval_every_epochs * steps_per_epoch) or total
         lr_schedule = lr_schedule_of(cfg, total)
@@ -176,7 +190,8 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             evaluating = done % eval_every == 0 or done == total
             saving = late or stopping or evaluating
             saving = saving or bool(cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0)
-            if due or saving:
+            measuring = monitor is not None and monitor.due(done) and done < total
+            if due or saving or measuring:
                 means = dict(zip(METRICS, (totals / counted).tolist(), strict=True))
                 now = time.perf_counter()
                 seconds, interval, tick = seconds + now - tick, interval + now - tick, now
@@ -196,6 +211,9 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
                 break
             if evaluating:
                 counts = evaluate()
+            if measuring:
+                measure()
+                tick = time.perf_counter()
             if saving:
                 first = next(iter(counts.values())) if evaluating else None
                 save(first["correct"] / first["total"] if first else None)
@@ -209,6 +227,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
         if status == "done" and test_sets:
             forward = forward_of(cfg, model.eval(), ranks.device, bf16=bf16)
             counts |= evaluate_sets(lambda x: forward({}, x), cfg.data, test_sets, ranks)
+        curvature = measure(final=True) if status == "done" else {}
 
         # ---- ledger ----------------------------------------------------------------------------------------------
         log.close()
@@ -221,6 +240,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             "steps": total,
             "steps_per_epoch": steps_per_epoch,
             "evals": counts,
+            "sharpness": curvature,
             "config": to_dict(cfg),
             "config_hash": config_hash(cfg),
             "overrides": overrides or [],

@@ -17,7 +17,7 @@ from sam_repro.data.crop import PAD, Geometry, evaluation_geometry, training_geo
 from sam_repro.data.datasets import ArraySource, BetonSource, Source, ensure, open_source, root_of
 from sam_repro.data.evalsets import EvalSet
 from sam_repro.data.memory_loader import MemoryLoader, obstacle
-from sam_repro.data.order import Plan, holdout, noisy
+from sam_repro.data.order import Plan, balanced, holdout, noisy
 from sam_repro.data.torch_loader import TorchLoader
 from sam_repro.errors import UserError
 
@@ -120,6 +120,7 @@ def build_loader(
     rank: int = 0,
     world: int = 1,
     device: torch.device,
+    sample: int = 0,
 ) -> Loader:
     """The loader of one split on one rank.
 
@@ -127,7 +128,8 @@ def build_loader(
         split: train (without the held-out part), minival (the held-out part of the training file), or val.
         training: shuffled, augmented and complete batches only; else in order, centre-cropped, every image once.
         batch_size: of this rank.
-        seed: of the order and the augmentation; nothing else depends on it.
+        seed: of the order, the augmentation and the sample; nothing else depends on it.
+        sample: evaluate on this many images only, the classes in turn, their labels as training has them; 0: all.
 
     Raises:
         UserError: missing or damaged data, other classes than configured, more batch than data.
@@ -137,8 +139,11 @@ def build_loader(
     backend, reason = resolve_backend(data)
     geometry = training_geometry(data, augment) if training else evaluation_geometry(data)
     source = open_source(data, "val" if split == "val" else "train")
-    plan = Plan(_members(source.labels, data, split), batch_size, seed, training, rank, world)
-    if training and data.label_noise:  # after the split, which goes by the true labels
+    members = _members(source.labels, data, split)
+    if sample:
+        members = members[balanced(source.labels[members], sample, seed)]
+    plan = Plan(members, batch_size, seed, training, rank, world)
+    if (training or sample) and data.label_noise:  # after the split, which goes by the true labels
         source.labels = noisy(source.labels, data.label_noise, data.num_classes)
     if training and len(plan) == 0:
         source.close()

@@ -11,6 +11,7 @@ from sam_repro.data.crop import hashes
 ORDER_TAG = 0x6F72646572  # separates the stream of the order from the augmentation's
 NOISE_TAG = 0x6E6F697365  # which labels are wrong is the same for every seed and method
 HOLDOUT_TAG = 0x6D696E6976616C  # minival is the same for every seed
+SAMPLE_TAG = 0x73616D706C65
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -23,12 +24,24 @@ def holdout(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray
 
     Which samples are held out depends on nothing but their labels and positions: it is equal for every run.
     """
-    keys = hashes(HOLDOUT_TAG, 0, len(labels))
-    by_class = np.lexsort((keys, labels))
+    by_class, rank_in_class = _shuffled_classes(labels, HOLDOUT_TAG)
     counts = np.bincount(labels)
-    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     held = rank_in_class < np.floor(counts * (1.0 - fraction) + 0.5)[labels[by_class]]
     return np.sort(by_class[~held]), np.sort(by_class[held])
+
+
+def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` sample numbers, the classes in turn: no class has two more than another that has any left."""
+    by_class, rank_in_class = _shuffled_classes(labels, seed ^ SAMPLE_TAG)
+    keys = hashes(seed ^ SAMPLE_TAG, 1, len(labels))
+    return by_class[np.lexsort((keys, rank_in_class))[:count]]
+
+
+def _shuffled_classes(labels: np.ndarray, tag: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sample numbers class by class, shuffled within each; the place of each within its class)."""
+    by_class = np.lexsort((hashes(tag, 0, len(labels)), labels))
+    counts = np.bincount(labels)
+    return by_class, np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def noisy(labels: np.ndarray, fraction: float, classes: int) -> np.ndarray:

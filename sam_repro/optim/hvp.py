@@ -63,6 +63,7 @@ class Hessian:
     Attributes:
         size, dtype, device: of the vectors it takes.
         products: how many it has made.
+        after: called after every sweep over the images: a product, a gradient, a loss.
 
     Raises:
         ValueError: batches that can be read only once, no image on any rank, half precision, an unknown mode.
@@ -94,6 +95,7 @@ class Hessian:
         self.shapes = [p.shape for p in self.params.values()]
         self.sizes = [p.numel() for p in self.params.values()]
         self.size, self.products = sum(self.sizes), 0
+        self.after: Callable[[], object] = lambda: None
         self.keep = len(batches) == 1 if keep is None else keep
         self.graphs: list[tuple[list[Tensor], Sequence[Tensor], int]] = []
         self.compiled = compiled
@@ -207,6 +209,7 @@ class Hessian:
             total[-1] += n
         if self.all_reduce is not None:
             self.all_reduce(total)
+        self.after()
         if total[-1] == 0:
             raise ValueError("there are no images to take the loss of")
         return total[:-1] / total[-1]

@@ -20,6 +20,7 @@ from sam_repro.paper.outcome import Cell, Outcome, curve, outcomes, provenance_o
 from sam_repro.paper.spec import UNREADABLE, Column, Table, load_table
 from sam_repro.paper.stats import interval
 from sam_repro.paper.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, save
+from sam_repro.paper.toy import draw_toy, trajectories
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def run(args: Namespace) -> None:
     folder = args.output or beside_ledger(found, args.ledger)
     for path in save(draw(table, found), folder / table.name):
         print(path)
-    if not any(o.ledger for o in found):
+    if any(o.runs for o in found) and not any(o.ledger for o in found):
         print(f"no run of {table.name} is in the ledger yet: the figure shows the paper's values only", file=sys.stderr)
 
 
@@ -67,6 +68,21 @@ def draw(table: Table, found: list[Outcome]) -> Figure:
     matplotlib.use("agg")
     with matplotlib.rc_context(RC):
         return DRAW[table.figure.get("kind", "dots")](table, found)
+
+
+def draw_surface(table: Table, found: list[Outcome]) -> Figure:
+    """GSAM's Fig. 3, computed on the spot: nothing is trained."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_title(f"{table.title}\n", fontweight="bold")
+    ax.text(
+        0, 1.02, "our surface and settings: the paper prints neither", transform=ax.transAxes, color=SOFT, fontsize=9
+    )
+    draw_toy(ax, trajectories())
+    plt.close(figure)
+    return figure
 
 
 def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, list[Axes]]:
@@ -261,4 +277,4 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return min(values) - (room if min(values) > room else 0), max(values) + room
 
 
-DRAW = {"curves": draw_curves, "sweep": draw_sweep, "dots": draw_dots}
+DRAW = {"curves": draw_curves, "sweep": draw_sweep, "dots": draw_dots, "toy": draw_surface}

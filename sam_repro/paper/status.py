@@ -65,7 +65,7 @@ def counts_of(part: Part) -> dict[str, float]:
 
 def progress_of(r: Run) -> str:
     """'<run id>: running, step 200, loss 1.2, 0:10:00 left', or the empty string for a run that has not begun."""
-    records = [x for x in read_log(Path(r.config.log.runs_dir) / r.run_id / "log.jsonl") if "eval" not in x]
+    records = [x for x in read_log(Path(r.config.log.runs_dir) / r.run_id / "log.jsonl") if "loss" in x]
     if not records:
         return ""
     end, state = records[-1], "running" if is_running(r) else "interrupted"

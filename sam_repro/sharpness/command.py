@@ -4,10 +4,20 @@
   sam-repro sharpness gap runs/<run_id> --rho 0.05 0.1     # h, 2h/rho^2 and its first-order part, beside sigma_max
   sam-repro sharpness spectrum runs/<run_id>               # density of all eigenvalues
   sam-repro sharpness slice runs/<run_id>                  # loss along one filter-normalised direction, over two
+  sam-repro sharpness convergence runs/<run_id>            # the power method, product by product (Eigen-SAM's rebuttal)
+  torchrun --nproc-per-node=8 --no-python sam-repro sharpness eigen runs/<run_id> --images 50000
+
+The training loss in fp32, in evaluation mode, on --images centre-cropped images of the training split, drawn from
+--seed with the classes in turn. <run> may be a checkpoint, runs/<run_id>/step-*.pt. Under torchrun or srun the ranks
+share the images. Over training, from the log of a run trained with sharpness.every=100:
+
+  sam-repro sharpness decay runs/<run_id>                  # what is left of an old eigenvector (rebuttal)
+  sam-repro sharpness alignment runs/<run_id>              # the perturbation and the top eigenvector; lambda_max
+
+Without a run:
+
   sam-repro sharpness toy                                  # GSAM's Fig. 3: SGD, SAM and GSAM on a surface with wells
   sam-repro sharpness sde                                  # SAM's iterates against the SDEs of order 1 to 3
-
-The training loss, in fp32, in evaluation mode, centre-cropped, on the first --images images of the training split.
 """
 
 from __future__ import annotations
@@ -19,106 +29,130 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from sam_repro.data import build_loader
+from sam_repro.distributed import Ranks, init_ranks
 from sam_repro.errors import UserError
 from sam_repro.evaluate_command import read_config
 from sam_repro.initial import read_weights
 from sam_repro.models import build_model
-from sam_repro.objective import forward_of, loss_of
 from sam_repro.optim.hvp import Hessian
-from sam_repro.paper.style import RC, colours_of, save
-from sam_repro.sharpness.lanczos import dominant, lanczos, spectral_density
-from sam_repro.sharpness.measures import sharpness
+from sam_repro.paper.style import RC, save
+from sam_repro.paper.toy import as_data, draw_toy, trajectories
+from sam_repro.sharpness.history import decay_by_age, measurements
+from sam_repro.sharpness.lanczos import dominant, lanczos, power_iteration, spectral_density
+from sam_repro.sharpness.measures import alignment, sharpness
+from sam_repro.sharpness.probe import loss_hessian, probe_batches
 from sam_repro.sharpness.sde import simulate
 from sam_repro.sharpness.surfaces import filter_normalised, line, plane
-from sam_repro.sharpness.toy import FLAT, SHARP, surface, trajectories
 
 Draw = Callable[[Any], None]  # fills a matplotlib figure
+Numbers = dict[str, Any]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("what", choices=sorted(MEASURES), help="what to measure")
-    parser.add_argument("run", nargs="?", type=Path, help="a run's directory; not for toy and sde")
+    parser.add_argument("what", choices=sorted(OF_WEIGHTS | OF_LOGS | OF_NOTHING), help="what to measure or draw")
+    parser.add_argument("run", nargs="?", type=Path, help="a run's directory or a checkpoint in it; not for toy, sde")
     parser.add_argument("--images", type=int, default=512, help="images of the training split (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each rank (default: 64)")
     parser.add_argument("--n", type=int, default=1, help="eigen: how many at each end")
     parser.add_argument("--tol", type=float, default=1e-3, help="relative residual at which Lanczos stops")
     parser.add_argument("--max-steps", type=int, default=60, help="products at most; as many vectors are kept")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2], help="gap: radii")
     parser.add_argument("--width", type=float, default=1.0, help="slice: how far to go, in filter norms")
     parser.add_argument("--points", type=int, default=21, help="slice: points a direction")
-    parser.add_argument("--seed", type=int, default=0, help="of random directions and start vectors")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--starts", type=int, default=3, help="convergence: random first vectors")
+    parser.add_argument("--p", type=int, default=20, help="convergence: power iterations")
+    parser.add_argument("--seed", type=int, default=0, help="of the images, random directions and first vectors")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--root", help="data.root, where it is not the run's")
     parser.add_argument("--output", type=Path, help="folder (default: <run>/sharpness, or sharpness)")
 
 
 def run(args: Namespace) -> int:
     """Measure, write, and say where; returns the exit code. Raises UserError for bad input."""
-    measure = MEASURES[args.what]
-    if (args.run is None) != (args.what in ("toy", "sde")):
-        raise UserError(f"sharpness {args.what} {'needs' if args.run is None else 'takes no'} run directory")
-    numbers, draw = measure(args)
-    folder = args.output or (args.run / "sharpness" if args.run else Path("sharpness"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{args.what}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    check(args)
+    folder = args.run if args.run is None or args.run.is_dir() else args.run.parent
+    if args.what in OF_WEIGHTS:
+        ranks = init_ranks(args.device)
+        try:
+            numbers, draw = of_weights(args, folder, ranks)
+        finally:
+            ranks.close()
+        if not ranks.main:
+            return 0
+    elif args.what in OF_LOGS:
+        numbers, draw = OF_LOGS[args.what](args, folder)
+    else:
+        numbers, draw = OF_NOTHING[args.what](args)
+    output = args.output or (folder / "sharpness" if folder else Path("sharpness"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{args.what}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write in {output}: {error}") from error
     import matplotlib.pyplot as plt
 
     with plt.rc_context(RC):  # pyright: ignore
         figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
         draw(figure)
-        written = save(figure, folder / args.what)
-    for path in [folder / f"{args.what}.json", *written]:
+        written = save(figure, output / args.what)
+        plt.close(figure)
+    for path in [output / f"{args.what}.json", *written]:
         print(path)
     return 0
 
 
-def hessian_of(args: Namespace) -> Hessian:
-    """The Hessian of a run's training loss at its final weights."""
-    cfg = read_config(args.run / "config.yaml")
+def check(args: Namespace) -> None:
+    """Bad input, in one sentence."""
+    if (args.run is None) != (args.what in OF_NOTHING):
+        raise UserError(f"sharpness {args.what} {'needs' if args.run is None else 'takes no'} run directory")
+    if args.run is not None and not args.run.exists():
+        raise UserError(f"there is no {args.run}")
+    for name in ("images", "batch_size", "n", "max_steps", "points", "starts", "p"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+    for name, values in (("tol", [args.tol]), ("width", [args.width]), ("rho", args.rho)):
+        for value in values:
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name}={value} must be a finite number greater than 0")
+
+
+def of_weights(args: Namespace, folder: Path, ranks: Ranks) -> tuple[Numbers, Draw]:
+    """One measurement at a run's weights, with a count of sweeps over the images on the terminal."""
+    cfg = read_config(folder / "config.yaml")
     if args.root:
         cfg.data.root = args.root
-    device = torch.device(args.device)
     model = build_model(cfg.model, num_classes=cfg.data.num_classes, image_size=cfg.data.image_size)
     model.load_state_dict(read_weights(args.run))
-    model.to(device).eval()
-    forward, loss = forward_of(cfg, model, device, bf16=False), loss_of(cfg)
-    loader = build_loader(
-        cfg.data, cfg.augment, split="train", training=False, batch_size=args.batch_size, seed=0, device=device
-    )
-    batches, left = [], args.images
-    for images, labels in loader.epoch(0):
-        batches.append((images[:left], labels[:left]))
-        left -= len(images)
-        if left <= 0:
-            break
-    loader.close()
-
-    def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return loss(forward(tensors, images), labels)
-
-    return Hessian(objective, dict(model.named_parameters()), batches)
+    model.to(ranks.device).eval()
+    batches = probe_batches(cfg, ranks, images=args.images, batch=args.batch_size, seed=args.seed)
+    hessian = loss_hessian(cfg, model, batches, ranks)
+    with tqdm(desc=args.what, unit=" sweeps", disable=None if ranks.main else True) as bar:
+        hessian.after = bar.update
+        try:
+            numbers, draw = OF_WEIGHTS[args.what](args, hessian)
+        except ValueError as error:  # a loss that is not finite, more eigenvalues than there are
+            raise UserError(str(error)) from None
+    counted = ranks.sum_(torch.tensor(float(sum(len(b[0]) for b in batches)), device=ranks.device))
+    about = {"run": folder.name, "weights": args.run.name, "images": int(counted.item()), "seed": args.seed}
+    return about | {"products": hessian.products, "ranks": ranks.world} | numbers, draw
 
 
-def about(args: Namespace, hessian: Hessian) -> dict[str, Any]:
-    """What a number of this run needs beside it."""
-    return {"run": args.run.name, "images": sum(len(b[0]) for b in hessian.batches), "products": hessian.products}
+# ---- at a run's weights ----------------------------------------------------------------------------------------------
 
 
-def eigen(args: Namespace) -> tuple[dict, Draw]:
+def eigen(args: Namespace, hessian: Hessian) -> tuple[Numbers, Draw]:
     """The n largest and n smallest eigenvalues and the dominant one."""
-    hessian = hessian_of(args)
     options = {"tol": args.tol, "max_steps": args.max_steps, "seed": args.seed}
     ends = {which: lanczos(hessian, args.n, which=which, **options) for which in ("top", "bottom")}
     numbers = {
         which: {"values": e.values.tolist(), "residuals": e.residuals.tolist(), "products": e.products}
         for which, e in ends.items()
     }
-    largest = max((v for e in ends.values() for v in e.values.tolist()), key=abs)
-    print(f"sigma_max = {largest:.6g} (largest magnitude), residual {ends['top'].residuals[0]:.1e}")
+    which, largest = max(((w, v) for w, e in ends.items() for v in e.values.tolist()), key=lambda pair: abs(pair[1]))
+    tqdm.write(f"sigma_max = {largest:.6g} (largest magnitude), residual {ends[which].residuals.max():.1e}")
 
     def draw(figure: Any) -> None:
         ax = figure.add_subplot(title="Convergence of Lanczos", xlabel="products with the Hessian")
@@ -127,18 +161,17 @@ def eigen(args: Namespace) -> tuple[dict, Draw]:
         ax.set_ylabel("first eigenvalue")
         ax.legend(frameon=False)
 
-    return about(args, hessian) | {"sigma_max": largest, **numbers}, draw
+    return {"sigma_max": largest, **numbers}, draw
 
 
-def gap(args: Namespace) -> tuple[dict, Draw]:
+def gap(args: Namespace, hessian: Hessian) -> tuple[Numbers, Draw]:
     """The surrogate gap at several radii beside the dominant eigenvalue."""
-    hessian = hessian_of(args)
     rows = [sharpness(hessian, rho) for rho in args.rho]
     pair = dominant(hessian, tol=args.tol, max_steps=args.max_steps)
     for row in rows:
         shown = " ".join(f"{k} {row[k]:.5g}" for k in ("surrogate_gap", "estimate", "first_order", "curvature"))
-        print(f"rho {row['rho']:g}: {shown}")
-    print(f"sigma_max = {pair.value:.6g}, residual {pair.residuals[0]:.1e}")
+        tqdm.write(f"rho {row['rho']:g}: {shown}")
+    tqdm.write(f"sigma_max = {pair.value:.6g}, residual {pair.residuals[0]:.1e}")
 
     def draw(figure: Any) -> None:
         ax = figure.add_subplot(title="What the surrogate gap says of curvature", xlabel="rho", xscale="log")
@@ -148,12 +181,11 @@ def gap(args: Namespace) -> tuple[dict, Draw]:
         ax.set_yscale("symlog")
         ax.legend(frameon=False)
 
-    return about(args, hessian) | {"rows": rows, "sigma_max": pair.value, "residual": float(pair.residuals[0])}, draw
+    return {"rows": rows, "sigma_max": pair.value, "residual": float(pair.residuals[0])}, draw
 
 
-def spectrum(args: Namespace) -> tuple[dict, Draw]:
+def spectrum(args: Namespace, hessian: Hessian) -> tuple[Numbers, Draw]:
     """The density of all eigenvalues by stochastic Lanczos quadrature."""
-    hessian = hessian_of(args)
     density = spectral_density(hessian, steps=args.max_steps, seed=args.seed)
     reach = float(density.nodes.abs().max())
     grid = torch.linspace(-1.1 * reach, 1.1 * reach, 400, dtype=torch.float64)
@@ -162,12 +194,11 @@ def spectrum(args: Namespace) -> tuple[dict, Draw]:
         ax = figure.add_subplot(title="Spectral density of the Hessian", xlabel="eigenvalue", yscale="log")
         ax.plot(grid, density.smoothed(grid, reach / 60).clamp(min=1e-8))
 
-    return about(args, hessian) | {"nodes": density.nodes.tolist(), "weights": density.weights.tolist()}, draw
+    return {"nodes": density.nodes.tolist(), "weights": density.weights.tolist()}, draw
 
 
-def slices(args: Namespace) -> tuple[dict, Draw]:
+def slices(args: Namespace, hessian: Hessian) -> tuple[Numbers, Draw]:
     """The loss along one filter-normalised direction, and over the plane of two."""
-    hessian = hessian_of(args)
     amounts = torch.linspace(-args.width, args.width, args.points).tolist()
     one, two = (filter_normalised(hessian.params, seed=args.seed + i) for i in range(2))
     along, over = line(hessian, one, amounts), plane(hessian, one, two, amounts)
@@ -176,34 +207,95 @@ def slices(args: Namespace) -> tuple[dict, Draw]:
         left, right = figure.subplots(1, 2)
         left.plot(amounts, along)
         left.set(title="Along one direction", xlabel="filter norms", ylabel="training loss")
-        contours = right.contourf(amounts, amounts, over, levels=20, cmap="cividis")
+        if len(amounts) > 1:
+            contours = right.contourf(amounts, amounts, over, levels=20, cmap="cividis")
+            figure.colorbar(contours, ax=right, shrink=0.8)
         right.set(title="Over two", xlabel="filter norms", aspect="equal")
-        figure.colorbar(contours, ax=right, shrink=0.8)
 
-    return about(args, hessian) | {"amounts": amounts, "line": along, "plane": over}, draw
+    return {"amounts": amounts, "line": along, "plane": over}, draw
 
 
-def toy(args: Namespace) -> tuple[dict, Draw]:
+def convergence(args: Namespace, hessian: Hessian) -> tuple[Numbers, Draw]:
+    """The power method from random starts, product by product, against Lanczos: Eigen-SAM's rebuttal, Fig. 1."""
+    pairs = lanczos(hessian, min(2, hessian.size), tol=args.tol, max_steps=args.max_steps)
+    truth, v = pairs.values.tolist(), pairs.vectors[0]
+    runs = []
+    for start in range(args.starts):
+        found: list[torch.Tensor] = []
+        history = power_iteration(hessian, steps=args.p, seed=args.seed + 1 + start, visit=found.append).history
+        runs.append({"cosine": [alignment(x, v) for x in found], "quotient": [value for value, _ in history]})
+    ends = ", ".join(f"{run['cosine'][min(5, args.p)]:.3f}" for run in runs)
+    tqdm.write(f"lambda = {', '.join(f'{x:.5g}' for x in truth)}; |cos| after {min(5, args.p)} iterations: {ends}")
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for run in runs:
+            left.plot(run["cosine"])
+            right.plot([q / truth[0] for q in run["quotient"]])
+        left.set(title="|cos| with the eigenvector", xlabel="power iterations", ylim=(0, 1.02))
+        right.set(title="Rayleigh quotient over λ", xlabel="power iterations")
+
+    return {"eigenvalues": truth, "residuals": pairs.residuals.tolist(), "starts": runs}, draw
+
+
+# ---- over training, from the log -------------------------------------------------------------------------------------
+
+
+def decay(args: Namespace, folder: Path) -> tuple[Numbers, Draw]:
+    """What is left of an eigenvector after some steps of training: Eigen-SAM's rebuttal, Fig. 2."""
+    ages = decay_by_age(measurements(folder))
+    if not ages:
+        raise UserError(f"{folder}: no measurement has a former eigenvector to look back at")
+    means = {a: {k: sum(e[k]) / len(e[k]) for k in ("cosine", "quality")} for a, e in ages.items()}
+    for age, mean in means.items():
+        print(f"after {age} steps: |cos| {mean['cosine']:.3f}, v'Hv/lambda {mean['quality']:.3f}")
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for key, label in (("cosine", "|cos| with today's"), ("quality", "v'Hv / λ")):
+            left.plot(list(means), [mean[key] for mean in means.values()], marker="o", label=label)
+        youngest = min(ages)
+        right.plot(ages[youngest]["step"], ages[youngest]["cosine"])
+        left.set(title="Mean over training", xlabel="age of the eigenvector, steps", ylim=(0, 1.05))
+        right.set(title=f"|cos| after {youngest} steps", xlabel="training step", ylim=(0, 1.05))
+        left.legend(frameon=False)
+
+    return {"run": folder.name, "ages": ages, "means": means}, draw
+
+
+def aligned(args: Namespace, folder: Path) -> tuple[Numbers, Draw]:
+    """Alignment of the method's perturbation with the top eigenvector, and that eigenvalue, over training."""
+    found = measurements(folder)
+    keys = ("step", "alignment", "lambda_max", "estimate", "first_order")
+    series = {key: [record[key] for record in found] for key in keys}
+    print(f"|cos(eps, v)| from {series['alignment'][0]:.3f} to {series['alignment'][-1]:.3f}")
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        left.plot(series["step"], series["alignment"])
+        right.plot(series["step"], series["lambda_max"])
+        left.set(title="|cos(ε, v)|, mean over groups", xlabel="training step", ylim=(0, 1.02))
+        right.set(title="λ_max", xlabel="training step")
+
+    return {"run": folder.name, **series}, draw
+
+
+# ---- without a run ---------------------------------------------------------------------------------------------------
+
+
+def toy(args: Namespace) -> tuple[Numbers, Draw]:
     """Trajectories on the toy surface and how sharp it is where they end."""
     paths = trajectories()
     for name, path in paths.items():
-        end = ", ".join(f"{x:.2f}" for x in path.points[-1].tolist())
-        print(f"{name}: ends at ({end}), top eigenvalue {path.top:.2f}")
+        print(f"{name}: ends in the {path.end}, top eigenvalue {path.top:.2f}")
 
     def draw(figure: Any) -> None:
-        x, y = torch.meshgrid(torch.linspace(-1, 4, 200), torch.linspace(-1.2, 1.2, 120), indexing="xy")
-        ax = figure.add_subplot(title="A ridge, two sharp wells, a flat basin")
-        ax.contour(x, y, surface(torch.stack([x, y], -1)), levels=24, linewidths=0.6, cmap="Greys")
-        colours = colours_of(["vanilla", "sam", "gsam"])
-        for (name, path), colour in zip(paths.items(), colours.values(), strict=True):
-            ax.plot(*path.points.T.tolist(), color=colour, label=f"{name}, top eigenvalue {path.top:.1f}")
-        ax.scatter(*zip(*SHARP, FLAT, strict=True), marker="x", color="#1b1f24", s=18)
-        ax.legend(frameon=False, loc="upper right")
+        draw_toy(figure.add_subplot(title="Two sharp wells on the way to a flat minimum"), paths)
 
-    return {n: {"points": p.points.tolist(), "top_eigenvalue": p.top} for n, p in paths.items()}, draw
+    return as_data(paths), draw
 
 
-def sde(args: Namespace) -> tuple[dict, Draw]:
+def sde(args: Namespace) -> tuple[Numbers, Draw]:
     """Mean weights of SAM's iterates and of the SDEs, and how far apart they are."""
     found = simulate(seed=args.seed)
     errors = {name: found.error(name) for name in found.weights if name != "sam"}
@@ -222,11 +314,12 @@ def sde(args: Namespace) -> tuple[dict, Draw]:
     return {"steps": found.steps, "loss": found.loss, "top_eigenvalue": found.top, "weak_error": errors}, draw
 
 
-MEASURES: dict[str, Callable[[Namespace], tuple[dict, Draw]]] = {
+OF_WEIGHTS: dict[str, Callable[[Namespace, Hessian], tuple[Numbers, Draw]]] = {
     "eigen": eigen,
     "gap": gap,
     "spectrum": spectrum,
     "slice": slices,
-    "toy": toy,
-    "sde": sde,
+    "convergence": convergence,
 }
+OF_LOGS = {"decay": decay, "alignment": aligned}
+OF_NOTHING = {"toy": toy, "sde": sde}

@@ -170,18 +170,26 @@ def dominant(operator: Operator, *, tol: float = 1e-3, max_steps: int = 100, sta
 
 
 def power_iteration(
-    operator: Operator, *, steps: int = 100, tol: float = 0.0, start: Tensor | None = None, seed: int = 0
+    operator: Operator,
+    *,
+    steps: int = 100,
+    tol: float = 0.0,
+    start: Tensor | None = None,
+    seed: int = 0,
+    visit: Callable[[Tensor], object] = lambda v: None,
 ) -> Eigenpairs:
     """The dominant eigenpair as the papers compute it: v <- Hv / ||Hv||, `steps` times, then its Rayleigh quotient.
 
     Eigen-SAM paper, Algorithm 1. Costs steps + 1 products; `history` has the Rayleigh quotient and the relative
-    residual before each iteration and after the last. Stops early where the residual falls to `tol`.
+    residual before each iteration and after the last; `visit` sees those vectors. Stops early where the residual falls
+    to `tol`.
     """
     if steps < 1:
         raise ValueError(f"power iteration takes at least 1 step, not {steps}")
     v = random_unit(operator, seed) if start is None else start / start.norm()
     history: list[tuple[float, float]] = []
     while True:
+        visit(v)
         w = operator(v)
         value = torch.dot(v, w)
         residual = relative((w - value * v).norm(), value)

@@ -1,0 +1,123 @@
+"""The sharpness of a run, measured while it trains and at its end: what its log and its ledger row say of curvature."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sam_repro.config import Config
+from sam_repro.distributed import Ranks
+from sam_repro.objective import average_buffers, in_mode
+from sam_repro.optim import GradientStep
+from sam_repro.optim.hvp import Batch, Hessian
+from sam_repro.optim.perturb import sam
+from sam_repro.sharpness.lanczos import dominant, power_iteration
+from sam_repro.sharpness.measures import alignment, sharpness
+from sam_repro.sharpness.probe import loss_hessian, probe_batches
+
+TOL = 1e-3  # relative residual of the eigenvalue, whose error is then about 1e-6
+MOST = 60  # products an eigenvalue, and vectors kept meanwhile
+PAST = 5  # former eigenvectors whose quality is followed
+
+
+class Monitor:
+    """Measure the training loss's curvature at the weights as they are, without touching them or any random state.
+
+    A measurement is a dictionary of plain numbers:
+
+        lambda_max, residual, products   the Hessian's eigenvalue of largest magnitude (sign kept), by Lanczos
+        rho, surrogate_gap, estimate, first_order   h at radius rho over all images; 2h/rho^2 and its part 2|g|/rho
+        alignment                        mean over groups of m images of |cos(eps, v)|, eps the method's own
+        decay                            of each former eigenvector: [age in steps, |cos| with today's, v'Hv / lambda]
+        power_cosine                     at the end: |cos| of v with p power iterations from a random start
+        decay_cosine                     at the end: mean |cos| of v with that of k steps before (optim.k)
+        images, seconds
+
+    Where the method has no radius (vanilla), rho is that of plain SAM for this model. Former eigenvectors are not part
+    of checkpoints: after a resumption decay starts anew. Images: sharpness.probe_batches.
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, step: GradientStep, ranks: Ranks):
+        self.cfg, self.model, self.step, self.ranks = cfg, model, step, ranks
+        self.batches: list[Batch] | None = None
+        self.past: list[tuple[int, Tensor]] = []
+        self.after_k: list[float] = []
+
+    def due(self, done: int) -> bool:
+        """Whether to measure after update number `done`."""
+        every = self.cfg.sharpness.every
+        return every > 0 and done % every == 0
+
+    def __call__(self, done: int, rho: float, *, final: bool = False) -> dict[str, Any]:
+        """One measurement; where there is none, {"problem": a sentence}."""
+        start = time.perf_counter()
+        average_buffers(self.model, self.ranks)
+        try:
+            with in_mode(self.model, training=False):
+                found = self._measure(done, rho, final=final)
+        except torch.OutOfMemoryError:
+            return {"problem": f"sharpness was not measured: no memory for {self.cfg.sharpness.batch} images a pass"}
+        except ValueError as error:
+            return {"problem": f"sharpness was not measured: {error}"}
+        numbers = [x for value in found.values() for x in np.ravel(value).tolist()]
+        if not all(map(math.isfinite, numbers)):
+            return {"problem": "sharpness was not measured: the loss overflows around these weights"}
+        return found | {"seconds": time.perf_counter() - start}
+
+    def _measure(self, done: int, rho: float, *, final: bool) -> dict[str, Any]:
+        wanted = self.cfg.sharpness
+        if self.batches is None:
+            self.batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
+        hessian = loss_hessian(self.cfg, self.model, self.batches, self.ranks)
+        pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
+        v = pair.vectors[0].clone()  # the basis that it came from is freed
+        found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
+        del pair
+        rho = rho if rho > 0 else self.cfg.model.sam_rho
+        gap = sharpness(hessian, rho)
+        found |= {key: gap[key] for key in ("rho", "surrogate_gap", "estimate", "first_order")}
+        found |= {"alignment": self._alignment(hessian, v, rho), "images": self._count()}
+        found["decay"] = [self._quality(hessian, age, old, v, found["lambda_max"]) for age, old in self._ages(done)]
+        self.after_k += [cosine for age, cosine, _ in found["decay"] if age == self.cfg.optim.k]
+        if wanted.every:
+            self.past = [*self.past[1 - PAST :], (done, v)]
+        if final:
+            estimate = power_iteration(hessian, steps=self.cfg.optim.p, seed=1)
+            found["power_cosine"] = alignment(estimate.vectors[0], v)
+            if self.after_k:
+                found["decay_cosine"] = sum(self.after_k) / len(self.after_k)
+        return found
+
+    def _ages(self, done: int) -> list[tuple[int, Tensor]]:
+        return [(done - made, old) for made, old in reversed(self.past) if made < done]
+
+    def _quality(self, hessian: Hessian, age: int, old: Tensor, v: Tensor, value: float) -> list[float]:
+        """What is left of an old eigenvector: age, |cos| with the one of today, its Rayleigh quotient over lambda."""
+        return [age, alignment(old, v), float(torch.dot(old, hessian(old))) / value if value else 0.0]
+
+    def _alignment(self, hessian: Hessian, v: Tensor, rho: float) -> float:
+        """Mean over groups of m images of |cos(eps, v)|: SAM's eps where the method has none."""
+        assert self.batches is not None
+        perturb: Any = self.step.perturb or sam
+        total = torch.zeros(2, dtype=torch.float64)
+        images = [torch.cat(parts) for parts in zip(*self.batches, strict=True)]
+        for i, group in enumerate(zip(*(t.split(self.cfg.optim.m) for t in images), strict=True)):
+            passes = zip(*(t.split(self.cfg.sharpness.batch) for t in group), strict=True)
+            _, g = Hessian(hessian.objective, hessian.params, list(passes)).gradient()
+            if hasattr(perturb, "reseed"):
+                perturb.reseed(i)
+            weights = list(hessian.params.values())
+            eps = getattr(perturb, "look", perturb)(weights, hessian.unflatten(g), rho)
+            total += torch.tensor([alignment(eps, v), 1.0])
+        cosine, groups = self.ranks.sum_(total.to(self.ranks.device)).tolist()
+        return cosine / groups
+
+    def _count(self) -> int:
+        """Images on all ranks."""
+        own = torch.tensor(float(sum(len(images) for images, *_ in self.batches or [])), device=self.ranks.device)
+        return int(self.ranks.sum_(own).item())
