@@ -66,3 +66,7 @@ def overview() -> str:
     lines += [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     lines += ["", "Training itself is `python train.py`; `python train.py --help` lists models, methods and data."]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":  # torchrun -m sam_repro.cli sharpness ...
+    sys.exit(main())

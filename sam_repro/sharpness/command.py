@@ -5,7 +5,7 @@
   sam-repro sharpness spectrum runs/<run_id>               # density of all eigenvalues
   sam-repro sharpness slice runs/<run_id>                  # loss along one filter-normalised direction, over two
   sam-repro sharpness convergence runs/<run_id>            # the power method, product by product (Eigen-SAM's rebuttal)
-  torchrun --nproc-per-node=8 --no-python sam-repro sharpness eigen runs/<run_id> --images 50000
+  torchrun --nproc-per-node=8 -m sam_repro.cli sharpness eigen runs/<run_id> --images 50000
 
 The training loss in fp32, in evaluation mode, on --images centre-cropped images of the training split, drawn from
 --seed with the classes in turn. <run> may be a checkpoint, runs/<run_id>/step-*.pt. Under torchrun or srun the ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -223,6 +224,33 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, -1)
         return self.head(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1).mean(1))
+
+
+def test_compiled_estimates_are_the_same_and_compile_once(monkeypatch):
+    """Weights and images change between estimates, what was compiled stays."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = network(dropout=0.0).eval()
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def objective(tensors, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, tensors, (x,)), y)
+
+    made = []
+    for options in ({}, {"compiled": True}):
+        eigen = Eigen()
+        estimate = PowerIteration(eigen, objective, params, buffers=buffers, every=1, iterations=3, **options)
+        for t in range(3):
+            estimate.renew(*(tensor.roll(t, 0)[:8] for tensor in DATA))
+        made.append((estimate.eigenvalue, eigen.v))
+    assert len(compiled) == 1 and made[0][0] == pytest.approx(made[1][0], rel=1e-10)
+    for ours, theirs in zip(made[0][1], made[1][1], strict=True):
+        assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

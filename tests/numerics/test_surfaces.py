@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import ENV
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -176,3 +180,28 @@ def test_a_measurement_that_is_impossible_costs_no_run(tmp_path):
     lost = ["recipe.steps=2", "sharpness.images=16", "sharpness.batch=16", "model.sam_rho=1e30"]
     row = train(compose_config(["model=vit_s32", "optim=vanilla", "debug=tiny", *lost, *folders]))
     assert row["status"] == "done" and "was not measured" in row["sharpness"]["problem"]
+
+
+def test_two_ranks_measure_what_one_does(trained, tmp_path):
+    """Seven images: unequal shares, ragged batches."""
+    _, run = trained
+    command = ["-m", "sam_repro.cli", "sharpness", "eigen", str(run), "--images", "7", "--batch-size", "2"]
+    command += ["--device", "cpu", "--tol", "1e-4"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    peers = [
+        subprocess.Popen(
+            [sys.executable, *command, "--output", str(tmp_path / "two")],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert main(["sharpness", *command[3:], "--output", str(tmp_path / "one")]) == 0
+    outputs = [peer.communicate(timeout=120)[0] for peer in peers]
+    assert (
+        [peer.returncode for peer in peers] == [0, 0] and "eigen.json" in outputs[0] and "eigen.json" not in outputs[1]
+    )
+    one, two = (json.loads((tmp_path / n / "eigen.json").read_text()) for n in ("one", "two"))
+    assert (one["images"], one["ranks"], two["images"], two["ranks"]) == (7, 1, 7, 2)
+    assert two["sigma_max"] == pytest.approx(one["sigma_max"], rel=1e-5)

@@ -16,7 +16,7 @@ from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data import build_loader, ensure, resolve_backend
 from sam_repro.data.beton import METADATA_AT, BetonFile, write_beton
 from sam_repro.data.manifest import write_manifest
-from sam_repro.data.order import noisy
+from sam_repro.data.order import balanced, noisy
 from sam_repro.errors import UserError
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
@@ -195,7 +195,7 @@ import sys, numpy as np, torch
 from pathlib import Path
 from sam_repro.data import build_loader
 from sam_repro.data.manifest import write_manifest
-from sam_repro.data.order import noisy
+from sam_repro.data.order import balanced, noisy
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.errors import UserError
 source, target, backend = sys.argv[1:]
@@ -318,3 +318,23 @@ def test_symmetric_label_noise_is_exact_and_uniform():
     shifts = np.bincount((noisy_labels - labels)[wrong] % 10, minlength=10)
     assert shifts[0] == 0 and abs(shifts[1:] - 12_000 / 9).max() < 5 * np.sqrt(12_000 / 9)
     assert (noisy(labels, 0.2, 10) == noisy_labels).all()
+
+
+def test_a_sample_takes_the_classes_in_turn_whatever_their_order_and_sizes():
+    labels = np.repeat([0, 1, 2, 3], [100, 100, 3, 50])  # sorted by class, one of them rare
+    chosen = balanced(labels, 43, seed=1)
+    assert len(set(chosen.tolist())) == 43
+    counts = np.bincount(labels[chosen])
+    assert counts[2] == 3 and counts[[0, 1, 3]].sum() == 40 and np.ptp(counts[[0, 1, 3]]) <= 1
+    assert np.ptp(np.bincount(labels[chosen[:8]])) == 0  # every stretch of it is balanced, not only the whole
+    assert (balanced(labels, 43, seed=1) == chosen).all() and set(balanced(labels, 43, seed=2)) != set(chosen)
+    assert sorted(balanced(labels, 999, seed=1)) == list(range(len(labels)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_share_a_sample_of_the_training_split(root, backend):
+    data = config(root, backend)
+    whole = collect(make(data, training=False, batch=9, sample=32))
+    assert len(whole[1]) == 32 and np.ptp(np.bincount(whole[1].numpy(), minlength=CLASSES)) <= 1
+    parts = [collect(make(data, training=False, batch=9, sample=32, rank=r, world=2)) for r in range(2)]
+    assert all(torch.equal(whole[i][r::2], parts[r][i]) for r in range(2) for i in range(2))
