@@ -10,6 +10,7 @@ from timm.layers.weight_init import lecun_normal_
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
+from sam_repro.attention import use_short_attention
 from sam_repro.cifar_models import CIFAR_MODELS
 from sam_repro.config import ModelConfig, nearest
 from sam_repro.errors import UserError
@@ -51,6 +52,7 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1):
             module.__class__ = PatchLinear
+    use_short_attention(model)
     head = model.get_classifier()
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, SIGMOID_HEAD_BIAS if loss == "sigmoid" else 0.0)

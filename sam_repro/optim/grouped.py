@@ -23,38 +23,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
-    groups, out, _ = weight.shape
     if weight.dtype == torch.bfloat16:
         x = x.to(torch.bfloat16)
         bias = None if bias is None else bias.to(torch.bfloat16)
-    if groups > 1 and weight.stride(0) == 0:
-        return SharedLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
-    flat = x.reshape(groups, -1, x.shape[-1])
-    if bias is None:
-        y = torch.bmm(flat, weight.transpose(1, 2))
-    else:
-        y = torch.baddbmm(bias[:, None], flat, weight.transpose(1, 2))
-    return y.reshape(*x.shape[:-1], out)
+    return GroupProduct.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
 
 
-class SharedLinear(torch.autograd.Function):
-    """x W^T + b with one W for all groups, and the gradient of W and b a group."""
+class GroupProduct(torch.autograd.Function):
+    """x W' + b with a W and b for each group, or one W for all (stride 0 over groups); the gradient of each group's own.
+
+    Written out because autograd's rule for a batched product leaves the weights' gradient transposed in memory, which
+    costs a copy of all of it, and knows nothing of shared weights.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(G m, ..., in), (G, out, in) of stride 0, (G, out) -> (G m, ..., out)."""
+        """(G m, ..., in), (G, out, in), (G, out) -> (G m, ..., out)."""
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.linear(x, weight[0], None if bias is None else bias[0])
+        if shared(weight):
+            return F.linear(x, weight[0], None if bias is None else bias[0])
+        y = torch.bmm(rows(x, weight), weight.transpose(1, 2))
+        if bias is not None:
+            y = y + bias[:, None]
+        return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore
-        """One product for dx; a batched product for dW."""
+        """One product for dx where the weights are shared; a batched product for dW."""
         x, weight = ctx.saved_tensors
-        groups = weight.shape[0]
-        rows = dy.reshape(groups, -1, dy.shape[-1])
-        dw = torch.bmm(rows.transpose(1, 2), x.reshape(groups, -1, x.shape[-1]))
-        return dy @ weight[0], dw, rows.sum(1) if ctx.has_bias else None
+        grouped = rows(dy, weight)
+        dw = torch.bmm(grouped.transpose(1, 2), rows(x, weight))
+        dx = dy @ weight[0] if shared(weight) else torch.bmm(grouped, weight).reshape(x.shape)
+        return dx, dw, grouped.sum(1) if ctx.has_bias else None
+
+
+def shared(weight: Tensor) -> bool:
+    """Whether all groups read the same memory."""
+    return weight.shape[0] > 1 and weight.stride(0) == 0
+
+
+def rows(x: Tensor, weight: Tensor) -> Tensor:
+    """(G m, ..., D) as (G, rows of a group, D)."""
+    return x.reshape(weight.shape[0], -1, x.shape[-1])
 
 
 class GroupedLinear(nn.Linear):
@@ -72,16 +83,8 @@ class GroupedLayerNorm(nn.LayerNorm):
         """(G m, ..., D) -> the same shape."""
         if self.weight.ndim == 1:
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        x = F.layer_norm(input, self.normalized_shape, eps=self.eps)
-        return x * per_image(self.weight, x) + per_image(self.bias, x)
-
-
-def per_image(parameter: Tensor, x: Tensor) -> Tensor:
-    """(G, D) as (G m, 1, ..., D), to broadcast with x of shape (G m, ..., D)."""
-    groups, d = parameter.shape
-    images = len(x) // groups
-    spread = parameter[:, None].expand(groups, images, d).reshape(len(x), d)
-    return spread.view(len(x), *([1] * (x.ndim - 2)), d)
+        x = rows(F.layer_norm(input, self.normalized_shape, eps=self.eps), self.weight)
+        return (x * self.weight[:, None] + self.bias[:, None]).view_as(input)
 
 
 def accept_groups(model: nn.Module, handled: tuple[type[nn.Module], ...] = ()) -> set[str] | None:
