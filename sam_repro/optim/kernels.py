@@ -95,15 +95,17 @@ def _squares(g, tensor, start, sizes, out, groups, G_T: tl.constexpr, BLOCK: tl.
 @triton.jit
 def _perturb(
     w, g, adversary, tensor, start, sizes, scale,
-    G_T: tl.constexpr, A_T: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr, G_T: tl.constexpr, A_T: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     t, offsets, mask, size = _locate(tensor, start, sizes, BLOCK, ALIGNED)
-    group = tl.program_id(1).to(tl.int64)
-    x = tl.load(_address(w, t, tl.float32, ALIGNED) + offsets, mask)
-    if ADD:
-        step = tl.load(scale + group)
-        x += step * tl.load(_address(g, t, G_T, ALIGNED) + group * size + offsets, mask).to(tl.float32)
-    tl.store(_address(adversary, t, A_T, ALIGNED) + group * size + offsets, x.to(A_T), mask)
+    x = tl.load(_address(w, t, tl.float32, ALIGNED) + offsets, mask)  # once for all groups
+    for group in range(GROUPS):
+        y = x
+        if ADD:
+            step = tl.load(scale + group)
+            y += step * tl.load(_address(g, t, G_T, ALIGNED) + group * size + offsets, mask).to(tl.float32)
+        tl.store(_address(adversary, t, A_T, ALIGNED) + group * size + offsets, y.to(A_T), mask)
 
 
 @triton.jit
@@ -158,10 +160,10 @@ def perturb(
     """adversary = w + scale_group g, rounded once to the adversary's dtype; without g, w is cast. Three passes."""
     groups = 1 if scale is None else len(scale)
     source = adversary if g is None else g
-    _perturb[(table.blocks, groups)](
+    _perturb[(table.blocks,)](
         table.of(w), table.of(source), table.of(adversary), table.tensor, table.start, table.sizes,
         table.start if scale is None else scale,
-        G_T=TYPES[source[0].dtype], A_T=TYPES[adversary[0].dtype], ADD=g is not None,
+        GROUPS=groups, G_T=TYPES[source[0].dtype], A_T=TYPES[adversary[0].dtype], ADD=g is not None,
         BLOCK=BLOCK, ALIGNED=table.aligned,
     )  # fmt: skip
 
@@ -196,3 +198,27 @@ def combine(
         GROUPS=len(a), USE_G=g is not None, USE_P=g_p is not None, ADD=add,
         G_T=TYPES[some[0].dtype], BLOCK=BLOCK, ALIGNED=table.aligned,
     )  # fmt: skip
+
+
+@triton.jit
+def _column_sums(x, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(part * ROWS, rows, PARTS * ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        tile = tl.load(x + (group * rows + row[:, None]) * columns + column[None, :], mask, other=0.0)
+        total += tl.sum(tile.to(tl.float32), 0)
+    tl.store(out + (group * PARTS + part) * columns + column, total, column < columns)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sum over the rows of each group: (G, R, D) -> (G, D) fp32. Reads x once; the order of summation is fixed."""
+    groups, rows, columns = x.shape
+    parts = max(1, min(16, rows // 128))
+    out = x.new_empty(groups, parts, columns, dtype=torch.float32)
+    _column_sums[(groups, parts, triton.cdiv(columns, 128))](
+        x.contiguous(), out, rows, columns, ROWS=32, COLUMNS=128, PARTS=parts
+    )
+    return out.sum(1)
