@@ -115,6 +115,7 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # bf16 (autocast) | fp32 | auto: bf16 where the GPU has it, else fp32
     compile: bool | None = None  # torch.compile the forward and backward passes; null: on a GPU
+    reduce: str = "fp32"  # gradients between ranks: fp32 | bf16, half the bytes, rounded once a step
     deterministic: bool = False  # torch's deterministic algorithms; bitwise only on the CPU
     threads: int = 0  # CPU threads of torch; 0 leaves torch's choice
     log_every: int = 50  # steps between log lines; the only moments the host waits for the device
@@ -298,6 +299,7 @@ def validate(cfg: Config) -> None:
         "data.interpolation": ("area", "bilinear", "bicubic"),
         "train.device": ("auto", "cpu", "cuda"),
         "train.dtype": ("auto", "bf16", "fp32"),
+        "train.reduce": ("fp32", "bf16"),
         "log.wandb": ("auto", "online", "offline", "disabled"),
         "log.progress": ("auto", "bar", "lines"),
         **{f"optim.{key}": allowed for key, allowed in WORDS.items()},

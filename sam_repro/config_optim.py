@@ -31,6 +31,7 @@ class OptimConfig:
     rho_schedule: str = "lr"  # lr: tied to the learning rate (Algorithm 1) | constant: rho_max throughout
     faithful_rho: bool = False  # let rho go negative in the warm-up, as the reference does (D-05)
     m: int = 64  # images that share one perturbation: the reference's batch per device (D-01)
+    scope: str = "group"  # group: every m images perturb on their own | global: all images of all ranks share one eps
     groups: str = "auto"  # on a GPU: groups one after the other (loop) or all at once (batched) | auto
     eta: float = 0.0  # asam: added to |w|; fisher: weight of the squared gradient in the Fisher matrix
     weights_only: bool = False  # asam: scale by |w| only parameters called weight, as Kwon et al.; else all
@@ -60,6 +61,7 @@ WORDS = {
     "kind": ("two_pass", "entropy_sgd"),
     "perturb": ("none", "sam", "asam", "adaptive_official", "fisher", "friendly", "vasso", "eigen", "random"),
     "combine": ("robust", "ascent", "min_f_h", "weighted", "wsam", "cr"),
+    "scope": ("group", "global"),
     "groups": ("auto", "loop", "batched"),
     "rho_schedule": ("lr", "constant"),
     "eigen_images": ("group", "batch", "fixed"),
@@ -98,5 +100,7 @@ def check_method(o: OptimConfig) -> None:
         raise UserError(f"optim.alpha={o.alpha} is gamma in optim.combine=wsam, which must lie in [0, 1)")
     if o.decoupled and o.every > 1:
         raise UserError(f"optim.decoupled=true leaves nothing to reuse between steps: it wants every=1, not {o.every}")
+    if o.scope == "global" and (o.every > 1 or o.decoupled or o.combine == "cr" or o.kind == "entropy_sgd"):
+        raise UserError("optim.scope=global is for two passes in every step: not entropy_sgd, every, decoupled or cr")
     if o.kind == "entropy_sgd" and o.perturb != "none":
         raise UserError(f"optim.kind=entropy_sgd does not perturb: it wants optim.perturb=none, not {o.perturb}")

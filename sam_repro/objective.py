@@ -17,7 +17,16 @@ from sam_repro.config_optim import OptimConfig
 from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
 from sam_repro.models import PatchLinear
-from sam_repro.optim import COMBINATIONS, Eigen, EntropySGD, EveryK, GradientStep, PowerIteration, build_perturbation
+from sam_repro.optim import (
+    COMBINATIONS,
+    Eigen,
+    EntropySGD,
+    EveryK,
+    GlobalStep,
+    GradientStep,
+    PowerIteration,
+    build_perturbation,
+)
 from sam_repro.optim.grouped import accept_groups, spread_loose
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's statistics, by name
@@ -96,16 +105,6 @@ def gradient_step(
         )  # fmt: skip
     method: dict[str, Any] = {"buffers": buffers, "perturb": o.perturb, "combine": o.combine, "alpha": o.alpha, "m": m}
     method |= peers
-    if ranks.device.type == "cuda" and is_fused(o) and not stochastic:
-        from sam_repro.optim.fused import FusedStep  # imports Triton, which only a GPU's torch has
-
-        products = torch.bfloat16 if bf16 else torch.float32
-        batchable = accept_groups(model, (PatchLinear,)) is not None
-        groups = group_strategy(cfg, params, products, count=local_batch // m, batchable=batchable)
-        return FusedStep(objective, params, groups=groups, products=products, compile=compiled, **method)
-    if compiled:
-        objective = torch.compile(objective, dynamic=False)
-    method |= {"beta": o.beta, "decoupled": o.decoupled, "stochastic": stochastic}
     if o.perturb != "none":
         method["perturb"] = perturbation = build_perturbation(
             o.perturb, eta=o.eta, scaled=["weight" in n for n in params] if o.weights_only else None,
@@ -120,15 +119,27 @@ def gradient_step(
                 every=o.k, iterations=o.p, images=o.eigen_images, m=m, seed=cfg.seed,
                 per_epoch=steps_per_epoch if o.faithful_release else 0, **peers,
             )  # fmt: skip
+    method["reduce_dtype"] = torch.bfloat16 if cfg.train.reduce == "bf16" else None
+    if ranks.device.type == "cuda" and is_fused(o) and not stochastic:
+        from sam_repro.optim.fused import FusedStep  # imports Triton, which only a GPU's torch has
+
+        products = torch.bfloat16 if bf16 else torch.float32
+        batchable = accept_groups(model, (PatchLinear,)) is not None
+        groups = group_strategy(cfg, params, products, count=local_batch // m, batchable=batchable)
+        return FusedStep(objective, params, groups=groups, products=products, compile=compiled, **method)
+    if compiled:
+        objective = torch.compile(objective, dynamic=False)
+    method |= {"beta": o.beta, "decoupled": o.decoupled, "stochastic": stochastic}
+    if o.scope == "global" and o.perturb != "none":
+        return GlobalStep(objective, params, **method)
     if o.every > 1:
         return EveryK(objective, params, every=o.every, reuse=o.reuse, **method)
     return GradientStep(objective, params, **method)
 
 
 def is_fused(o: OptimConfig) -> bool:
-    """Whether optim/fused.py knows the method: two passes of SAM or one, in every step, all through the base."""
-    plain = o.every == 1 and not o.decoupled and o.combine in COMBINATIONS
-    return plain and o.perturb in ("none", "sam")
+    """Whether optim/fused.py knows the method: one pass or two, in every step, each group on its own."""
+    return o.every == 1 and not o.decoupled and o.combine in COMBINATIONS and o.scope == "group"
 
 
 def curved_objective(cfg: Config, model: nn.Module, ranks: Ranks) -> Callable[..., Tensor]:

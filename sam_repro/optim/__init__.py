@@ -8,6 +8,7 @@ from sam_repro.optim.entropy_sgd import EntropySGD
 from sam_repro.optim.perturb import PERTURBATIONS, Eigen, build_perturbation
 from sam_repro.optim.schedule import lr_at, rho_at
 from sam_repro.optim.step import METRICS, GradientStep
+from sam_repro.optim.synchronised import GlobalStep
 from sam_repro.optim.wrapper import ASAM, GSAM, SAM, EigenSAM, SharpnessAware
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "EigenSAM",
     "EntropySGD",
     "EveryK",
+    "GlobalStep",
     "GradientStep",
     "PowerIteration",
     "SharpnessAware",

@@ -4,7 +4,7 @@ Three things make it cheap. (1) What a product reads is kept in the dtype that i
 leaves of matrices and convolutions are bf16 tensors, so no pass casts them and their gradients move half the bytes. The
 values are those of autocast, which rounds w + eps to bf16 in the same way. (2) Norm, perturbation, inner products
 and combination are one fused pass each (kernels.py). (3) Everything between the input copy and the gradient is
-captured once in a CUDA graph and replayed.
+captured once in a CUDA graph and replayed; in two graphs, with the perturbation between them, where that is not SAM's.
 
 Groups of m images run either one after the other ("loop") or all at once ("batched", grouped.py): in the clean pass
 they share the weights, in the robust pass every layer multiplies each group with its own.
@@ -13,6 +13,7 @@ they share the weights, in the robust pass every layer multiplies each group wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ from torch import Tensor
 from sam_repro.optim import kernels
 from sam_repro.optim.base import is_kernel
 from sam_repro.optim.combine import ratio
-from sam_repro.optim.perturb import STABILITY, Tensors
+from sam_repro.optim.perturb import STABILITY, Tensors, sam
 from sam_repro.optim.step import GradientStep
 
 WARMUP = 3  # calls before capture: compilation, autotuning, workspaces
 
 
 class FusedStep(GradientStep):
-    """GradientStep for perturb "none" or "sam" with a linear combination, fp32 parameters on one CUDA device.
+    """GradientStep for any perturbation with a linear combination, fp32 parameters on one CUDA device.
 
     Args (besides GradientStep's):
         groups: "loop" | "batched". "batched" gives the objective parameters with a leading dimension of groups
@@ -50,12 +51,16 @@ class FusedStep(GradientStep):
         assert not self.stochastic and groups in ("loop", "batched")
         assert groups == "loop" or not self.buffers, "running statistics cannot be batched"
         self.batched, self.graph_wanted = groups == "batched", graph
+        self.inline = self.perturb is None or self.perturb is sam  # the whole step is one graph
         dtypes = [products if is_kernel(n, p) else torch.float32 for n, p in zip(self.names, self.params, strict=True)]
         # One class of leaves a dtype: a kernel launch serves one class.
         self.classes = [[i for i, d in enumerate(dtypes) if d == dtype] for dtype in dict.fromkeys(dtypes)]
         device = self.params[0].device
         self.tables = [kernels.Table([self.params[i].numel() for i in c], device) for c in self.classes]
-        self.views = [strided_like(p, v) for p, v in zip(self.params, self.views, strict=True)]
+        self.views, self.second_views = (
+            [strided_like(p, v) for p, v in zip(self.params, views, strict=True)] if views else []
+            for views in (self.views, self.second_views)
+        )
         self.weights = [p.detach() for p in self.params]
         self.clean = [
             w if d == torch.float32 else torch.empty_like(w, dtype=d) for w, d in zip(self.weights, dtypes, strict=True)
@@ -66,7 +71,8 @@ class FusedStep(GradientStep):
             self.objective = torch.compile(self.objective, dynamic=False)
         self.slots: list[Tensor] = []
         self.work: list[dict[str, Tensor]] = []
-        self.replay: Callable[[], None] | None = None
+        self.clean_result: Any = None  # (loss, g, ||g||^2 of each group) of the clean pass
+        self.replays: dict[str, Callable[[], None]] = {}
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -77,25 +83,31 @@ class FusedStep(GradientStep):
         if size % m:
             raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
         self.count = size // m
+        if self.before is not None:
+            self.before(*batch)
         self.rho.fill_(rho)
         if not self.slots:
             self._allocate(batch, m)
-        if not self.batched:
+        if not self.batched or self.keep_clean:
             self.flat.zero_()
         self._cast()
         after = [torch.zeros_like(b) for b in self.buffers.values()]
         chunks = [batch] if self.batched else list(zip(*(t.split(m) for t in batch), strict=True))
-        for chunk in chunks:
+        for i, chunk in enumerate(chunks):
             for slot, tensor in zip(self.slots, chunk, strict=True):
                 slot.copy_(tensor, non_blocking=True)
             self._reset_buffers()
-            self._run()
+            if self.inline:
+                self._run("step", self._whole)
+            else:
+                self._run("clean", self._clean)
+                self._look(rho, seed * 1_000_003 + self.rank * self.count + i)
+                self._run("robust", self._robust)
             for total, b in zip(after, self.work[0].values(), strict=True):
                 total.add_(b)
-        for b, total in zip(self.buffers.values(), after, strict=True):
-            b.copy_(total / len(chunks) if b.is_floating_point() else total // len(chunks))
-        if self.all_reduce is not None:
-            self.all_reduce(self.flat)
+        self._keep_buffers(after, len(chunks))
+        self._reduce()
+        self._after_reduction()
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         return self.metrics
@@ -124,77 +136,108 @@ class FusedStep(GradientStep):
             if self.dtypes[c[0]] != torch.float32:
                 kernels.perturb(table, pick(self.weights, c), None, pick(self.clean, c), None)
 
-    def _run(self) -> None:
-        """The body, eagerly for the first calls, then captured, then replayed."""
-        if self.replay is not None:
-            self.replay()
-            return
+    def _run(self, name: str, body: Callable[[], None]) -> None:
+        """A part of the step: eagerly for the first calls, then captured, then replayed."""
         if not self.graph_wanted:
-            self._body()
+            body()
             return
-        # Warm up and capture on a side stream; undo what the warm-ups added.
-        flat, work = self.flat.clone(), [{n: b.clone() for n, b in w.items()} for w in self.work]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self._body()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are captured: the loader's threads go on allocating and copying.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._body()
-        for table in self.tables:
-            table.flush()
-        self.replay = graph.replay
-        self.flat.copy_(flat)
-        for ours, before in zip(self.work, work, strict=True):
-            for name, b in before.items():
-                ours[name].copy_(b)
-        self.replay()
+        if name not in self.replays:
+            # Warm up and capture on a side stream; undo what the warm-ups added.
+            flat, work = self.flat.clone(), [{n: b.clone() for n, b in w.items()} for w in self.work]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP):
+                    body()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread's calls are captured: the loader's threads go on allocating and copying.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                body()
+            for table in self.tables:
+                table.flush()
+            self.replays[name] = graph.replay
+            self.flat.copy_(flat)
+            for ours, before in zip(self.work, work, strict=True):
+                for key, b in before.items():
+                    ours[key].copy_(b)
+        self.replays[name]()
 
-    def _body(self) -> None:
+    def _whole(self) -> None:
         """One group, or all of them batched: from the slots to the flat buffer."""
-        count = self.count if self.batched else 1
-        weight = 1 / (self.count * self.world)
+        self._clean()
+        if self.perturb is not None:
+            _, g, gg = self.clean_result
+            scale = self.rho / (gg.sqrt() + STABILITY)
+            for c, table in zip(self.classes, self.tables, strict=True):
+                kernels.perturb(table, pick(self.weights, c), pick(g, c), pick(self.adversary, c), scale)
+            self._robust()
+        self.clean_result = None  # hold no gradients longer than the step does
+
+    def _clean(self) -> None:
+        """The pass at w: loss, g and ||g||^2 of each group."""
         loss, g = self._pass(self.clean, self.work[0])
-        gg = self._sum(lambda c, table: kernels.squares(table, pick(g, c), count))
+        gg = self._sum(lambda c, table: kernels.squares(table, pick(g, c), self.groups))
+        self.clean_result = (loss, g, gg)
         if self.perturb is None:
-            one, zero = torch.full_like(gg, weight), torch.zeros_like(gg)
-            self._combine(g, None, one, zero)
-            self._report([loss, loss, zero, zero + 1, gg.sqrt(), gg.sqrt()], weight)
-            return
-        scale = self.rho / (gg.sqrt() + STABILITY)
-        for c, table in zip(self.classes, self.tables, strict=True):
-            kernels.perturb(table, pick(self.weights, c), pick(g, c), pick(self.adversary, c), scale)
+            one, zero = torch.full_like(gg, self.weight), torch.zeros_like(gg)
+            self._combine(g, None, one, zero, self.views, add=not self.batched)
+            self._report([loss, loss, zero, zero + 1, gg.sqrt(), gg.sqrt()])
+        elif self.keep_clean:
+            one = torch.full_like(gg, self.weight)
+            self._combine(g, None, one, torch.zeros_like(one), self.second_views, add=True)
+
+    def _look(self, rho: float, seed: int) -> None:
+        """The adversary of each group, w + eps, by a perturbation that is no kernel: in fp32, between the graphs."""
+        for i in range(self.groups):
+            g, adversary = self.clean_result[1], self.adversary
+            if self.batched:
+                g, adversary = [x[i] for x in g], [x[i] for x in adversary]
+            eps = self._perturbation([x.float() for x in g], rho, seed + i)
+            torch._foreach_add_(eps, self.weights)
+            torch._foreach_copy_(adversary, eps)
+
+    def _robust(self) -> None:
+        """The pass at w + eps, and the direction into the flat buffer."""
+        loss, g, gg = self.clean_result
         loss_p, g_p = self._pass(self.adversary, self.work[1])
-        both = self._sum(lambda c, table: torch.stack(kernels.inner(table, pick(g, c), pick(g_p, c), count)))
+        both = self._sum(lambda c, table: torch.stack(kernels.inner(table, pick(g, c), pick(g_p, c), self.groups)))
         ggp, gpgp = both[0], both[1]
         a, b = self.combine(gg, ggp, gpgp, self.alpha)
         used = [not isinstance(x, float) or x != 0 for x in (a, b)]
-        a, b = (torch.zeros_like(gg) + x * weight for x in (a, b))
-        self._combine(g if used[0] else None, g_p if used[1] else None, a, b)
+        a, b = (torch.zeros_like(gg) + x * self.weight for x in (a, b))
+        self._combine(g if used[0] else None, g_p if used[1] else None, a, b, self.views, add=not self.batched)
         cosine = ratio(ggp, (gg * gpgp).sqrt())
-        self._report([loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()], weight)
+        self._report([loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()])
+
+    @property
+    def groups(self) -> int:
+        """Groups that one pass holds."""
+        return self.count if self.batched else 1
+
+    @property
+    def weight(self) -> float:
+        """Of one group in the mean over all of them."""
+        return 1 / (self.count * self.world)
 
     def _sum(self, part: Callable[[list[int], kernels.Table], Tensor]) -> Tensor:
         """A reduction's parts over the classes of leaves, summed."""
         return torch.stack([part(c, table) for c, table in zip(self.classes, self.tables, strict=True)]).sum(0)
 
-    def _combine(self, g: Tensors | None, g_p: Tensors | None, a: Tensor, b: Tensor) -> None:
+    def _combine(
+        self, g: Tensors | None, g_p: Tensors | None, a: Tensor, b: Tensor, out: Tensors, *, add: bool
+    ) -> None:
         for c, table in zip(self.classes, self.tables, strict=True):
-            kernels.combine(
-                table, g and pick(g, c), g_p and pick(g_p, c), pick(self.views, c), a=a, b=b, add=not self.batched
-            )
+            kernels.combine(table, g and pick(g, c), g_p and pick(g_p, c), pick(out, c), a=a, b=b, add=add)
 
-    def _report(self, values: list[Tensor], weight: float) -> None:
+    def _report(self, values: list[Tensor]) -> None:
         """Means over groups into the metrics. A batched loss is the mean over all groups already."""
         means = torch.stack([v.mean() for v in values])
         if self.batched:
             self.metrics.copy_(means / self.world)
         else:
-            self.metrics.add_(means, alpha=weight)
+            self.metrics.add_(means, alpha=self.weight)
 
     def _pass(self, leaves: Tensors, buffers: dict[str, Tensor]) -> tuple[Tensor, Tensors]:
         """Loss and gradients at `leaves` on the images in the slots, laid out in memory as the weights are."""

@@ -57,6 +57,7 @@ class GradientStep:
         before: called with the batch before every step; renews Eigen-SAM's eigenvector. Its state is the step's.
         m: images a group; 0 takes the whole local batch.
         all_reduce: sums a flat tensor over the ranks in place; None for one rank.
+        reduce_dtype: what the gradient is rounded to for the reduction; None is its own dtype.
         rank, world: this process among them.
         stochastic: whether the objective draws random numbers.
 
@@ -78,6 +79,7 @@ class GradientStep:
         before: Callable[..., None] | None = None,
         m: int = 0,
         all_reduce: Callable[[Tensor], None] | None = None,
+        reduce_dtype: torch.dtype | None = None,
         rank: int = 0,
         world: int = 1,
         stochastic: bool = False,
@@ -94,7 +96,8 @@ class GradientStep:
         self.combine: Any = (COMBINATIONS | THREE_PASSES)[combine]
         self.three_passes = combine in THREE_PASSES
         self.alpha, self.beta, self.decoupled, self.before, self.m = alpha, beta, decoupled, before, m
-        self.all_reduce, self.rank, self.world, self.stochastic = all_reduce, rank, world, stochastic
+        self.all_reduce, self.reduce_dtype = all_reduce, reduce_dtype
+        self.rank, self.world, self.stochastic = rank, world, stochastic
         self.robust = self.perturb is not None  # whether the next step has a robust pass
 
         # One buffer for gradient and metrics, so that one reduction carries both; a second gradient behind them where
@@ -125,10 +128,8 @@ class GradientStep:
             self._add_group(group, buffers, rho, seed * 1_000_003 + self.rank * groups + i, 1 / (groups * self.world))
             for total, b in zip(after, buffers.values(), strict=True):
                 total.add_(b)
-        for b, total in zip(self.buffers.values(), after, strict=True):
-            b.copy_(total / groups if b.is_floating_point() else total // groups)
-        if self.all_reduce is not None:
-            self.all_reduce(self.flat)
+        self._keep_buffers(after, groups)
+        self._reduce()
         self._after_reduction()
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
@@ -162,6 +163,25 @@ class GradientStep:
     def _stateful(self) -> dict[str, Any]:
         parts = {"perturb": self.perturb, "before": self.before}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _keep_buffers(self, totals: Tensors, groups: int) -> None:
+        """The running statistics become the mean of what each group alone would have left."""
+        for b, total in zip(self.buffers.values(), totals, strict=True):
+            b.copy_(total / groups if b.is_floating_point() else total // groups)
+
+    def _reduce(self) -> None:
+        """Sum gradient and metrics over the ranks: one reduction, or a rounded one and a small one for the metrics."""
+        if self.all_reduce is None:
+            return
+        if self.reduce_dtype in (None, self.flat.dtype):
+            self.all_reduce(self.flat)
+            return
+        for part in (self.gradient, self.second):
+            if len(part):
+                rounded = part.to(self.reduce_dtype)
+                self.all_reduce(rounded)
+                part.copy_(rounded)
+        self.all_reduce(self.metrics)
 
     def _wants_clean(self) -> bool:
         """Whether the mean of g is wanted after a step with a robust pass."""

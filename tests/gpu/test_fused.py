@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -13,14 +15,19 @@ from sam_repro.objective import gradient_step
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 BATCH, M = 32, 8
-METHODS = ["vanilla", "sam", "gsam"]
+METHODS = ["vanilla", "gsam"]
+OTHERS = ["sam", "asam_ascent", "friendly", "vasso", "random", "eigen_sam", "min_f_h"]  # the same passes, not compiled
 FAMILIES = [("vit_s32", "loop"), ("vit_s32", "batched"), ("mixer_s32", "loop"), ("mixer_s32", "batched")]
 FAMILIES += [("resnet50", "loop")]
 
 
-def setup(model_name: str, optim: str, groups: str):
+CASES = [(*family, method, True) for family in FAMILIES for method in METHODS]
+CASES += [(*family, method, False) for family in (FAMILIES[1], FAMILIES[4]) for method in OTHERS]
+
+
+def setup(model_name: str, optim: str, groups: str, compiled: bool = True):
     overrides = [f"model={model_name}", f"optim={optim}", "debug=tiny", f"optim.m={M}", f"optim.groups={groups}"]
-    cfg = compose_config([*overrides, "train.device=cuda"])
+    cfg = compose_config([*overrides, "train.device=cuda", f"train.compile={compiled}"])
     model = build_model(cfg.model, num_classes=10, image_size=64, loss=cfg.recipe.loss).cuda()
     if cfg.model.family == "resnet":
         model = model.to(memory_format=torch.channels_last)
@@ -42,12 +49,18 @@ def engine(cfg, model, device: str, *, bf16: bool):
     where = torch.device("cuda")
     ranks = Ranks(0, 1, 0, 1, where)
     step = gradient_step(cfg, model, ranks, local_batch=BATCH, bf16=bf16)
+    step.before = None  # an eigenvector of our own: its estimate is tested elsewhere
+    if hasattr(step.perturb, "v"):
+        generator = torch.Generator("cuda").manual_seed(5)
+        v = [torch.randn(p.shape, generator=generator, device="cuda") for p in step.params]
+        length = torch.stack(torch._foreach_norm(v)).norm()
+        step.perturb.v = [x / length for x in v]
     if device == "plain":
         from sam_repro.optim import GradientStep
 
         return GradientStep(
             step.objective, dict(zip(step.names, step.params, strict=True)), buffers=step.buffers,
-            perturb=cfg.optim.perturb, combine=cfg.optim.combine, alpha=cfg.optim.alpha, m=step.m,
+            perturb=copy.deepcopy(step.perturb) or "none", combine=cfg.optim.combine, alpha=cfg.optim.alpha, m=step.m,
         )  # fmt: skip
     return step
 
@@ -58,11 +71,10 @@ def run(step, data, state, model):
     return metrics, torch.cat([p.grad.reshape(-1).double() for p in model.parameters()]), model.state_dict()
 
 
-@pytest.mark.parametrize("optim", METHODS)
-@pytest.mark.parametrize(("name", "groups"), FAMILIES)
-def test_fp32_equals_the_plain_loop(name, groups, optim):
+@pytest.mark.parametrize(("name", "groups", "optim", "compiled"), CASES)
+def test_fp32_equals_the_plain_loop(name, groups, optim, compiled):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    cfg, model = setup(name, optim, groups)
+    cfg, model = setup(name, optim, groups, compiled)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     fused, plain = (engine(cfg, model, d, bf16=False) for d in ("cuda", "plain"))
     for _ in range(3):  # the first call captures, the others replay, on other data
@@ -100,3 +112,33 @@ def test_training_learns_and_resumes(tmp_path):
     assert row["status"] == "done" and row["dtype"] == "bf16" and "NVIDIA" in row["hardware"]
     losses = row["curves"]["train"]["loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 49, 64])
+@pytest.mark.parametrize("d", [16, 64])
+def test_short_attention_equals_plain_attention(tokens, d):
+    from sam_repro.attention import short_attention
+
+    heads, images = 3, 5
+    exact = torch.randn(images, tokens, 3 * heads * d, device="cuda", requires_grad=True)
+    dy = torch.randn(images, tokens, heads * d, device="cuda")
+
+    def attention(qkv, dtype):
+        q, k, v = qkv.to(dtype).reshape(images, tokens, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        return torch.softmax(q @ k.mT / d**0.5, -1) @ v
+
+    rounded = exact.detach().bfloat16().requires_grad_()
+    y = attention(rounded, torch.float64).transpose(1, 2).reshape(images, tokens, heads * d)
+    (expected,) = torch.autograd.grad(y, rounded, dy.bfloat16().double())
+    ours = short_attention(rounded, heads)
+    (gradient,) = torch.autograd.grad(ours, rounded, dy.bfloat16())
+    for x, truth in ((ours, y), (gradient, expected)):
+        assert ((x.double() - truth.double()).norm() / truth.double().norm()).item() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_sums(dtype):
+    from sam_repro.optim.grouped import column_sums
+
+    x = torch.randn(3, 1000, 200, device="cuda").to(dtype)
+    torch.testing.assert_close(column_sums(x).double(), x.double().sum(1), rtol=1e-4, atol=1e-3)

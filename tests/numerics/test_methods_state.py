@@ -19,6 +19,7 @@ from sam_repro.optim import (
     PERTURBATIONS,
     EntropySGD,
     EveryK,
+    GlobalStep,
     GradientStep,
     PowerIteration,
     SharpnessAware,
@@ -28,6 +29,7 @@ from sam_repro.optim import (
 from sam_repro.optim.perturb import Eigen
 
 METHODS = ["friendly", "vasso", "eigen", "random", "looksam", "friendly_looksam", "wsam", "cr", "entropy_sgd"]
+METHODS += ["global_sam", "global_friendly"]
 
 
 def network(dropout: float = 0.2) -> nn.Module:
@@ -72,6 +74,8 @@ def build(method: str, model: nn.Module, **ranks) -> GradientStep:
     if method.endswith("looksam"):
         perturb = "friendly" if "friendly" in method else "sam"
         return EveryK(objective, params, perturb=perturb, combine="ascent", alpha=0.3, every=3, reuse=0.7, **options)
+    if method.startswith("global_"):
+        return GlobalStep(objective, params, perturb=method[7:], combine="ascent", alpha=0.3, **options)
     return GradientStep(objective, params, **({"perturb": method} | options))
 
 
@@ -147,6 +151,45 @@ def test_two_ranks_are_one(method):
     for one, other, both in zip(found[0], found[1], alone, strict=True):
         assert torch.equal(one, other)
         assert_close(one, both, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("combine", sorted(COMBINATIONS))
+@pytest.mark.parametrize("name", ["sam", "asam", "friendly", "eigen"])
+def test_one_perturbation_for_all_groups_is_one_group_of_the_whole_batch(name, combine):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    found = []
+    for kind, m in ((GlobalStep, 4), (GradientStep, 0)):
+
+        def objective(tensors, x, y):
+            return F.cross_entropy(torch.func.functional_call(model, tensors, (x,)), y)
+
+        perturb = build_perturbation(name)
+        if name == "eigen":
+            torch.manual_seed(3)
+            perturb.v = [torch.randn_like(p) for p in model.parameters()]
+        step = kind(objective, dict(model.named_parameters()), perturb=perturb, combine=combine, alpha=0.3, m=m)
+        for seed in range(2):  # the second step remembers the first
+            metrics = step(*DATA, rho=0.2, seed=seed)
+        found.append([metrics.clone(), *(p.grad.clone() for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_rounded_for_the_reduction():
+    model, seen = network(dropout=0.0), []
+
+    def all_reduce(flat: Tensor) -> None:
+        seen.append((flat.dtype, len(flat)))
+
+    exact, rounded = (
+        build("cr", model, all_reduce=all_reduce, reduce_dtype=dtype, stochastic=False)
+        for dtype in (None, torch.bfloat16)
+    )
+    metrics = exact(*DATA, rho=0.1).clone()
+    gradient, size = exact.gradient.clone(), len(exact.gradient)
+    assert_close(rounded(*DATA, rho=0.1), metrics, rtol=0, atol=0)
+    assert torch.equal(rounded.gradient, gradient.bfloat16().double()) and not torch.equal(rounded.gradient, gradient)
+    assert seen == [(torch.float64, size + 6), (torch.bfloat16, size), (torch.float64, 6)]
 
 
 # ---- Eigen-SAM's eigenvector -----------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def test_defaults_are_the_engine_s():
 
 def test_the_fused_engine_takes_what_it_knows_and_nothing_else():
     fused = {name for name in METHODS if name != "entropy_sgd" and is_fused(compose_config([f"optim={name}"]).optim)}
-    assert fused == {"vanilla", "sam", "gsam", "gsam_constant", "min_f_h", "weighted"}
+    assert METHODS and fused == set(METHODS) - {"entropy_sgd", "cr_sam", "looksam", "wsam"}
+    assert not is_fused(compose_config(["optim=gsam", "optim.scope=global"]).optim)
 
 
 BAD = {
@@ -97,6 +98,7 @@ BAD = {
     "optim.inner_lr=0": "optim.inner_lr=0.0 must be greater than 0",
     "optim.renormalise=half": "optim.renormalise=half is not one of none, v_perp, sum",
     "optim.eigen_mode=test": "optim.eigen_mode=test is not one of eval, train",
+    "optim.scope=all": "optim.scope=all is not one of group, global",
     "optim.m=0": "optim.m=0 is not a group size",
     "optim.kind=entropy_sgd": "optim.kind=entropy_sgd does not perturb",
 }

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from sam_repro.attention import ShortAttention, short_attention
 from sam_repro.config import choices, compose_config
 from sam_repro.errors import UserError
-from sam_repro.models import PatchLinear, build_model
+from sam_repro.models import PatchLinear, StemConv, blocked_stem, build_model
 
 
 def build(name: str, **kwargs):
@@ -95,3 +96,19 @@ def test_unknown_model_and_arguments():
 def test_steps_of_imagenet():
     """Q16: 300 and 90 epochs of 1,281,167 images in batches of 4,096."""
     assert [int(epochs * 1_281_167 / 4096) for epochs in (300, 90)] == [93_835, 28_150]
+
+
+def test_the_blocked_stem_is_the_same_convolution():
+    x, weight = torch.randn(2, 3, 10, 14, dtype=torch.float64), torch.randn(5, 3, 7, 7, dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(x, weight, stride=2, padding=3)
+    torch.testing.assert_close(blocked_stem(x, weight), expected, rtol=1e-12, atol=1e-12)
+    model = build_model(compose_config(["model=resnet50"]).model, num_classes=10, image_size=224)
+    assert isinstance(model.conv1, StemConv)
+
+
+def test_short_attention_replaces_timm_s_and_keeps_its_weights():
+    model = build_model(compose_config(["model=vit_b32", "debug=tiny"]).model, num_classes=10, image_size=64)
+    assert all(type(block.attn) is ShortAttention for block in model.blocks)
+    qkv = torch.randn(2, 49, 3 * 4 * 16)
+    with torch.device("meta"):
+        assert short_attention(qkv.to("meta"), 4).shape == (2, 49, 64)

@@ -1,0 +1,176 @@
+"""Images a second on 1, 2, 4, ... GPUs of one host, what the reduction costs, and how far both are from ideal.
+
+    python benchmarks/scaling.py --gpus 1 2 --models vit_b32 resnet50 --output results/benchmarks/<gpu>-scaling.json
+
+Every GPU gets `--batch` images, resident, so that the work a GPU is constant (weak scaling). A party is a model, a
+method and m. For each number of GPUs in turn, torchrun starts one process a GPU; each measures
+
+    step        the whole step: gradient, reduction over the ranks, clip, base optimizer
+    alone       the same without the reduction, all GPUs working at the same time
+    reduction   the reduction by itself
+
+as the median over rounds of the mean step; the slowest rank counts. Efficiency is images a second over N times those
+of one GPU of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+METHODS = {"vanilla": "optim=vanilla", "sam": "optim=sam", "gsam": "optim=gsam"}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--models", nargs="+", default=["vit_b32", "resnet50"])
+    parser.add_argument("--parties", nargs="+", default=["vanilla", "sam", "gsam", "gsam-m64"], help="method[-m<M>]")
+    parser.add_argument("--batch", type=int, default=512, help="images a GPU")
+    parser.add_argument("--size", type=int, default=224, help="side of an image")
+    parser.add_argument("--reduce", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- one rank --------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Callable[[], object], args: argparse.Namespace, ranks) -> float:
+    """Seconds of one call: median over rounds, of the slowest rank."""
+    import torch
+
+    wait = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(args.rounds):
+        ranks.barrier()
+        wait()
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            run()
+        wait()
+        times.append((time.perf_counter() - start) / args.steps)
+    slowest = torch.tensor([statistics.median(times) if r == ranks.rank else 0.0 for r in range(ranks.world)])
+    return ranks.sum_(slowest.to(ranks.device)).max().item()
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Every party on this rank; rank 0 writes the rows."""
+    import torch
+
+    from sam_repro.config import compose_config
+    from sam_repro.distributed import init_ranks
+    from sam_repro.models import build_model
+    from sam_repro.objective import gradient_step
+    from sam_repro.optim import build_base, decay_groups
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    ranks, rows = init_ranks(args.device), []
+    images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=ranks.device)
+    labels = torch.randint(0, 1000, (args.batch,), device=ranks.device)
+    for name in args.models:
+        for party in args.parties:
+            for reduce in args.reduce if ranks.world > 1 else args.reduce[:1]:
+                gc.collect()
+                method, _, m = party.partition("-m")
+                words = [f"model={name}", METHODS[method], f"optim.m={m or args.batch}", f"train.reduce={reduce}"]
+                words += [f"recipe.batch_size={args.batch * ranks.world}", f"train.device={args.device}"]
+                cfg = compose_config([*words, f"model.tiny={str(args.device == 'cpu').lower()}"])
+                torch.manual_seed(0)
+                model = build_model(cfg.model, num_classes=1000, image_size=args.size, loss=cfg.recipe.loss)
+                model = model.to(ranks.device)
+                if cfg.model.family == "resnet" and args.device == "cuda":
+                    model = model.to(memory_format=torch.channels_last)
+                base = build_base(cfg.recipe.base, decay_groups(model.named_parameters(), 0.1), lr=1e-4)
+                step = gradient_step(cfg, model, ranks, local_batch=args.batch, bf16=args.device == "cuda")
+
+                def run(step=step, base=base) -> None:
+                    step(images, labels, rho=0.1)
+                    step.clip_(1.0)
+                    base.step()
+
+                for _ in range(5):
+                    run()
+                row = {"kind": "scaling", "model": name, "method": method, "m": int(m or args.batch), "reduce": reduce}
+                row |= {"gpus": ranks.world, "batch": args.batch, "bytes": 4 * len(step.flat)}
+                row["step"] = measure(run, args, ranks)
+                row["reduction"] = measure(step._reduce, args, ranks) if ranks.world > 1 else 0.0
+                step.all_reduce = None
+                row["alone"] = measure(run, args, ranks)
+                row["images_per_second"] = ranks.world * args.batch / row["step"]
+                rows.append(row)
+                if ranks.main:
+                    print(json.dumps(row), flush=True)
+                    args.worker.write_text(json.dumps(rows))
+                del step, base, model, run
+    ranks.close()
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def table(result: dict) -> str:
+    """The Markdown table of a stored result."""
+    lines = [
+        "| model | method | m | reduced in | GPUs | ms a step | images/s | efficiency | reduction, ms | alone, ms |"
+    ]
+    lines += ["|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
+    for r in result["entries"]:
+        cells = [r["model"], r["method"], str(r["m"]), r["reduce"], str(r["gpus"]), f"{1e3 * r['step']:.2f}"]
+        cells += [f"{r['images_per_second']:.0f}", f"{100 * r['efficiency']:.1f} %"]
+        cells += [f"{1e3 * r['reduction']:.2f}", f"{1e3 * r['alone']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker:
+        worker(args)
+        return
+    from sam_repro import ledger
+
+    entries: list[dict] = []
+    result = {"batch": args.batch, "rounds": args.rounds, "steps": args.steps, "entries": entries}
+    result |= {"hardware": "CPU", **ledger.provenance()}
+    for gpus in args.gpus:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.json"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+            command += [__file__, *sys.argv[1:], "--worker", str(rows)]
+            code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            entries += json.loads(rows.read_text()) if rows.exists() else []
+            if code:
+                print(f"{gpus} GPUs: exit code {code}", file=sys.stderr)
+        one = {(r["model"], r["method"], r["m"]): r["images_per_second"] for r in entries if r["gpus"] == 1}
+        for r in entries:
+            base = one.get((r["model"], r["method"], r["m"]))
+            r["efficiency"] = r["images_per_second"] / (r["gpus"] * base) if base else float("nan")
+        if args.device == "cuda":
+            import torch
+
+            result["hardware"] = f"{max(r['gpus'] for r in entries)} x {torch.cuda.get_device_name()}"
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
