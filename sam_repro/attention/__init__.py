@@ -1,9 +1,9 @@
 """Attention over sequences so short that one tile holds them: ViT-B/32's 49 tokens.
 
-A general kernel walks over blocks of keys and keeps a running softmax, saves its normaliser, and needs q, k and v apart.
-With at most 64 tokens a head fits in one tile: forward and backward read the packed output of the qkv layer as it lies
-in memory, recompute the softmax, and write the packed gradient. So attention moves the fewest bytes there are, and
-nothing is transposed, split or concatenated around it. Same arithmetic as other flash kernels: products in bf16,
+A general kernel walks over blocks of keys with a running softmax, saves its normaliser, and needs q, k and v apart.
+With at most 64 tokens a head fits in one tile: forward and backward read the packed output of the qkv layer as it
+lies in memory, recompute the softmax, and write the packed gradient. So attention moves the fewest bytes there are,
+and nothing is transposed, split or concatenated around it. Same arithmetic as other flash kernels: products in bf16,
 softmax and sums in fp32.
 """
 

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class GroupProduct(torch.autograd.Function):
-    """x W' + b with a W and b for each group, or one W for all (stride 0 over groups); the gradient of each group's own.
+    """x W' + b with a W and b for each group, or one for all (stride 0 over groups); every group's own gradient.
 
     Written out because autograd's rule for a batched product leaves the weights' gradient transposed in memory, which
     costs a copy of all of it, and knows nothing of shared weights.
