@@ -12,7 +12,8 @@ from timm.layers.weight_init import lecun_normal_
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from sam_repro.attention import use_short_attention
+from sam_repro.layers.attention import use_short_attention
+from sam_repro.layers.pool import use_stem_pool
 from sam_repro.cifar_models import CIFAR_MODELS
 from sam_repro.config import ModelConfig, nearest
 from sam_repro.errors import UserError
@@ -57,6 +58,7 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
         elif isinstance(module, nn.Conv2d) and module.weight.shape[1:] == (3, 7, 7) and module.stride == (2, 2):
             module.__class__ = StemConv
     use_short_attention(model)
+    use_stem_pool(model)
     head = model.get_classifier()
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, SIGMOID_HEAD_BIAS if loss == "sigmoid" else 0.0)

@@ -27,7 +27,7 @@ def short_attention(qkv: Tensor, heads: int) -> Tensor:
     Returns:
         (B, N, heads D) bf16.
     """
-    from sam_repro.attention.kernels import forward
+    from sam_repro.layers.kernels import forward
 
     return forward(qkv.contiguous(), heads)
 
@@ -35,7 +35,7 @@ def short_attention(qkv: Tensor, heads: int) -> Tensor:
 @torch.library.custom_op("sam_repro::short_attention_backward", mutates_args=())
 def short_attention_backward(dy: Tensor, qkv: Tensor, heads: int) -> Tensor:
     """The gradient of qkv, (B, N, 3 heads D), from dy, (B, N, heads D)."""
-    from sam_repro.attention.kernels import backward
+    from sam_repro.layers.kernels import backward
 
     return backward(dy.contiguous(), qkv.contiguous(), heads)
 

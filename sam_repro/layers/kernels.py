@@ -1,4 +1,4 @@
-"""The Triton kernels of this package: one program a head of an image."""
+"""The Triton kernels of this package: attention with one program a head of an image, and max pooling."""
 
 from __future__ import annotations
 
@@ -78,3 +78,58 @@ def backward(dy: Tensor, qkv: Tensor, heads: int) -> Tensor:
     root = d**-0.5
     _backward[(images * heads,)](dy, qkv, dqkv, tokens, root * LOG2E, root, HEADS=heads, D=d, N=n, num_warps=4)
     return dqkv
+
+
+@triton.jit
+def _pool_forward(x, y, index, height, width, out_height, out_width, C: tl.constexpr, W: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    image, i = row // out_height, row % out_height
+    j, c = tl.program_id(1) * W + tl.arange(0, W)[:, None], tl.arange(0, C)[None, :]
+    best = tl.full([W, C], float("-inf"), tl.float32)
+    where = tl.zeros([W, C], tl.int8)
+    for k in tl.static_range(9):
+        h, w = 2 * i + k // 3 - 1, 2 * j + k % 3 - 1
+        inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        value = tl.load(x + ((image * height + h) * width + w) * C + c, inside, other=float("-inf")).to(tl.float32)
+        better = (value > best) | (value != value)
+        best = tl.where(better, value, best)
+        where = tl.where(better, k, where).to(tl.int8)
+    target = (row * out_width + j) * C + c
+    tl.store(y + target, best.to(y.dtype.element_ty), j < out_width)
+    tl.store(index + target, where, j < out_width)
+
+
+@triton.jit
+def _pool_backward(dy, index, dx, height, width, out_height, out_width, C: tl.constexpr, W: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    image, h = row // height, row % height
+    w, c = tl.program_id(1) * W + tl.arange(0, W)[:, None], tl.arange(0, C)[None, :]
+    total = tl.zeros([W, C], tl.float32)
+    for k in tl.static_range(4):  # an even coordinate lies in one window, an odd one in two
+        i, j = (h + k // 2) // 2, (w + k % 2) // 2
+        inside = (k // 2 == 0 or h % 2 == 1) & ((k % 2 == 0) | (w % 2 == 1)) & (i < out_height) & (j < out_width)
+        place = ((image * out_height + i) * out_width + j) * C + c
+        chosen = tl.load(index + place, inside, other=-1).to(tl.int32)
+        value = tl.load(dy + place, inside, other=0.0).to(tl.float32)
+        total += tl.where(chosen == (h - 2 * i + 1) * 3 + (w - 2 * j + 1), value, 0.0)
+    tl.store(dx + (row * width + w) * C + c, total.to(dx.dtype.element_ty), w < width)
+
+
+def pool_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C, H, W) channels-last -> the maxima and which of the nine pixels of a window they were."""
+    b, c, h, w = x.shape
+    size = (b, c, (h + 1) // 2, (w + 1) // 2)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    index = torch.empty_like(y, dtype=torch.int8)
+    grid = (b * size[2], triton.cdiv(size[3], 16))
+    _pool_forward[grid](x, y, index, h, w, *size[2:], C=c, W=16)
+    return y, index
+
+
+def pool_backward(dy: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+    """The gradient of x from that of y."""
+    b, c = dy.shape[:2]
+    dx = torch.empty(b, c, height, width, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    grid = (b * height, triton.cdiv(width, 32))
+    _pool_backward[grid](dy, index, dx, height, width, *dy.shape[2:], C=c, W=32)
+    return dx
