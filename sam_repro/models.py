@@ -12,11 +12,11 @@ from timm.layers.weight_init import lecun_normal_
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from sam_repro.layers.attention import use_short_attention
-from sam_repro.layers.pool import use_stem_pool
 from sam_repro.cifar_models import CIFAR_MODELS
 from sam_repro.config import ModelConfig, nearest
 from sam_repro.errors import UserError
+from sam_repro.layers.attention import use_short_attention
+from sam_repro.layers.pool import use_stem_pool
 from sam_repro.optim.grouped import linear
 
 # Sigmoid cross-entropy starts with every class improbable: sigmoid(-10) (official configuration, init_head_bias).

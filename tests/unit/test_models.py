@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sam_repro.layers.attention import ShortAttention, short_attention
 from sam_repro.config import choices, compose_config
 from sam_repro.errors import UserError
+from sam_repro.layers.attention import ShortAttention, short_attention
 from sam_repro.models import PatchLinear, StemConv, blocked_stem, build_model
 
 
