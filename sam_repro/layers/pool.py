@@ -64,7 +64,7 @@ class StemPool(nn.MaxPool2d):
         apply = input.is_cuda and input.dtype == torch.bfloat16 and input.shape[1] in (16, 32, 64, 128)
         if apply and input.is_contiguous(memory_format=torch.channels_last):
             return max_pool(input)[0]
-        return super().forward(input)
+        return super().forward(input)  # pyright: ignore[reportReturnType]
 
 
 def use_stem_pool(model: nn.Module) -> None:
