@@ -50,10 +50,11 @@ PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of train.py, for all parties")
-    parser.add_argument("--peers", type=Path, required=True, help="folder with davda54's sam.py and gsam/")
+    parser.add_argument("--peers", type=Path, default="peers", help="folder with davda54's sam.py and gsam/")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parties", nargs="+", default=[p for pair in PAIRS for p in pair])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--show", type=Path, metavar="JSON", help="print the table of a stored result, run nothing")
     return parser.parse_intermixed_args()
 
 
@@ -188,31 +189,41 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def show(runs: list[dict]) -> None:
-    """Ours beside the peer's, paired by seed."""
+def show(result: dict) -> str:
+    """The Markdown table of a result: ours beside the peer's, accuracies paired by seed."""
+    lines = ["| ours | peer | ours, % | peer, % | difference | ms a step | peer / ours | seconds, compiling included |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
     for ours_name, peer in PAIRS:
-        pair = [{r["seed"]: r for r in runs if r["party"] == name} for name in (ours_name, peer)]
-        if not all(pair):
-            continue
+        pair = [{r["seed"]: r for r in result["runs"] if r["party"] == name} for name in (ours_name, peer)]
         accuracy = [{s: 100 * r["correct"] / r["total"] for s, r in p.items()} for p in pair]
         tested = compare(accuracy[1], accuracy[0])
+        if tested is None:
+            continue
         means = [interval(list(a.values())) for a in accuracy]
-        steady = [statistics.median(r["steady_ms"] for r in p.values()) for p in pair]
-        whole = [statistics.median(r["seconds"] for r in p.values()) for p in pair]
-        words = [f"{m.mean:.2f} ± {m.half or float('nan'):.2f} %" for m in means]
-        assert tested is not None
+        cells = [ours_name, peer, *(f"{m.mean:.2f}" + (f" ± {m.half:.2f}" if m.half else "") for m in means)]
         p = "" if tested.p is None else f", p = {tested.p:.2g}"
-        print(f"{ours_name} {words[0]}, {peer} {words[1]}: {tested.difference:+.2f} points (n = {tested.n}{p})")
-        print(f"  ms a step {steady[0]:.2f} against {steady[1]:.2f}: peer / ours = {steady[1] / steady[0]:.3f}")
-        print(f"  seconds with compilation {whole[0]:.1f} against {whole[1]:.1f}")
+        cells.append(f"{tested.difference:+.2f} (n = {tested.n}{p})")
+        steady, whole = ([statistics.median(r[k] for r in p.values()) for p in pair] for k in ("steady_ms", "seconds"))
+        cells += [
+            f"{steady[0]:.2f}, {steady[1]:.2f}",
+            f"{steady[1] / steady[0]:.3f}",
+            f"{whole[0]:.1f}, {whole[1]:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("python", "torch", "timm"))
+    lines += ["", f"{result['hardware']}; {versions}; commit {result['commit'][:8]}; {' '.join(result['overrides'])}"]
+    return "\n".join(lines)
 
 
 def main() -> None:
     args = arguments()
+    if args.show:
+        print(show(json.loads(args.show.read_text())))
+        return
     sys.path.insert(0, str(args.peers))
     makers = {"davda54": davda54, "juntang": juntang}
     runs: list[dict] = []
-    result = {"kind": "peers", "overrides": args.overrides, "hardware": "", **ledger.provenance(), "runs": runs}
+    result: dict = {"kind": "peers", "overrides": args.overrides, "hardware": "", **ledger.provenance(), "runs": runs}
     for seed in range(args.seeds):
         for party in args.parties:
             fresh()
@@ -225,8 +236,7 @@ def main() -> None:
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['hardware']}, torch {torch.__version__}, commit {str(result['commit'])[:8]}")
-    show(runs)
+    print(show(result))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def model_card(row: Row) -> str:
         "",
         f"for RGB images of {data['image_size']} px, normalised with mean {data['mean']} and std {data['std']}. Again:",
         "",
-        f"    python train.py {' '.join(row['overrides'])}",
+        f"    python train.py {shlex.join(row['overrides'])}",
         "",
         "Known departures from the papers: docs/DEVIATIONS.md of sam-repro.",
     ]
