@@ -7,8 +7,10 @@ since a GPU does not hold the captured memory of all; each is warmed up and meas
 steps. A figure is the median over rounds of the mean step; the floor is measured again at the end, to see whether the
 machine drifted. Parties:
 
-    vanilla     forward, backward, base optimizer, written plainly: compiled model, fp32 leaves, autocast
+    timm        vanilla with timm's own layers, written plainly: compiled model, fp32 leaves, autocast, .backward()
+    vanilla     the same with this project's layers (linear patch embedding, attention in one tile, blocked stem)
     floor       two such forward+backward passes and one base-optimizer step: what SAM cannot go below, written plainly
+                with the same layers as everybody below
     ours-vanilla  this project's engine with method `vanilla`
     ours-floor  the engine's own two passes and one base-optimizer step: the stricter floor
     gsam-m<M>   this project's engine, groups of M images
@@ -28,17 +30,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.layers.attention import Attention
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam_repro import ledger
 from sam_repro.config import Config, compose_config
 from sam_repro.distributed import Ranks
-from sam_repro.models import build_model
+from sam_repro.layers.attention import ShortAttention
+from sam_repro.layers.pool import StemPool
+from sam_repro.models import PatchLinear, StemConv, build_model
 from sam_repro.objective import gradient_step, loss_of
 from sam_repro.optim import build_base, decay_groups
+from sam_repro.optim.grouped import GroupedLayerNorm, GroupedLinear
 
 Party = Callable[[], None]
+
+# This project's layers and those of timm that they stand for.
+OURS: dict[type, type] = {
+    PatchLinear: nn.Conv2d,
+    StemConv: nn.Conv2d,
+    StemPool: nn.MaxPool2d,
+    ShortAttention: Attention,
+}
+OURS |= {GroupedLinear: nn.Linear, GroupedLayerNorm: nn.LayerNorm}
 
 
 def arguments() -> argparse.Namespace:
@@ -51,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--peers", type=Path, help="folder with davda54's sam.py and juntang-zhuang's gsam/")
     parser.add_argument("--parties", nargs="+", help="only these")
+    parser.add_argument("--warm", action="store_true", help="compile everything, so that a later start finds it cached")
     parser.add_argument("--profile", metavar="PARTY", help="print the kernels of one party")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, metavar="JSON", help="print the table of a stored result, measure nothing")
@@ -81,10 +98,13 @@ class Bench:
 
     # ---- parties -----------------------------------------------------------------------------------------------------
 
-    def plain(self, passes: int) -> Party:
+    def plain(self, passes: int, *, timm: bool = False) -> Party:
         """The obvious loop: compiled, autocast, .backward()."""
         cfg = self.config("optim=vanilla")
         model = self.model(cfg)
+        if timm:
+            for module in model.modules():  # every layer of ours is a subclass of what timm built
+                module.__class__ = OURS.get(type(module), type(module))
         base = self.base(cfg, model)
         forward = self.plain_loss(cfg, model)
 
@@ -206,6 +226,7 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
     """Every party of one model; rows of the JSON, saved after each."""
     bench = Bench(name, args.batch)
     makers: dict[str, Callable[[], Party]] = {
+        "timm": lambda: bench.plain(1, timm=True),
         "vanilla": lambda: bench.plain(1),
         "floor": lambda: bench.plain(2),
         "ours-vanilla": lambda: bench.engine("optim=vanilla", f"optim.m={args.batch}"),
@@ -234,6 +255,9 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
                 run()
             torch.cuda.synchronize()
             setup = time.perf_counter() - start
+            if args.warm:
+                print(f"{name} {party}: compiled, {setup:.0f} s", flush=True)
+                continue
             times = measure(run, args.rounds, args.steps)
             if party == args.profile:
                 profile(run)
@@ -251,7 +275,7 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
         for floor in ("floor", "ours-floor"):
             if floor in seconds:
                 row[f"over_{floor}"] = median / seconds[floor]
-        if party in ("vanilla", "ours-vanilla"):
+        if party in ("timm", "vanilla", "ours-vanilla"):
             row["ceiling_share"] = 3 * gflop * args.batch / median / 1e3 / ceiling
         rows.append(row)
         save(rows)

@@ -51,7 +51,9 @@ class FusedStep(GradientStep):
         assert not self.stochastic and groups in ("loop", "batched")
         assert groups == "loop" or not self.buffers, "running statistics cannot be batched"
         self.batched, self.graph_wanted = groups == "batched", graph
-        self.inline = self.perturb is None or self.perturb is sam  # the whole step is one graph
+        # Perturbations of the form a g + b v are kernels too, and the whole step is one graph.
+        self.remembers = hasattr(self.perturb, "coefficients") and not getattr(self.perturb, "faithful", False)
+        self.inline = self.perturb is None or self.perturb is sam or self.remembers
         dtypes = [products if is_kernel(n, p) else torch.float32 for n, p in zip(self.names, self.params, strict=True)]
         # One class of leaves a dtype: a kernel launch serves one class.
         self.classes = [[i for i, d in enumerate(dtypes) if d == dtype] for dtype in dict.fromkeys(dtypes)]
@@ -66,6 +68,7 @@ class FusedStep(GradientStep):
             w if d == torch.float32 else torch.empty_like(w, dtype=d) for w, d in zip(self.weights, dtypes, strict=True)
         ]
         self.dtypes, self.adversary = dtypes, []
+        self.v = [torch.zeros_like(w) for w in self.weights] if self.remembers else []
         self.rho = torch.zeros((), device=device)
         if compile:
             self.objective = torch.compile(self.objective, dynamic=False)
@@ -91,6 +94,8 @@ class FusedStep(GradientStep):
         if not self.batched or self.keep_clean:
             self.flat.zero_()
         self._cast()
+        if self.remembers and self.perturb.v is not None:  # pyright: ignore[reportOptionalMemberAccess]
+            torch._foreach_copy_(self.v, self.perturb.v)  # pyright: ignore[reportOptionalMemberAccess]
         after = [torch.zeros_like(b) for b in self.buffers.values()]
         chunks = [batch] if self.batched else list(zip(*(t.split(m) for t in batch), strict=True))
         for i, chunk in enumerate(chunks):
@@ -169,9 +174,17 @@ class FusedStep(GradientStep):
         self._clean()
         if self.perturb is not None:
             _, g, gg = self.clean_result
-            scale = self.rho / (gg.sqrt() + STABILITY)
+            a, b = self.rho / (gg.sqrt() + STABILITY), None
+            if self.remembers:
+                both = self._sum(
+                    lambda c, table: torch.stack(
+                        kernels.inner(table, pick(g, c), pick(self.v, c), self.groups, shared=True)
+                    )
+                )
+                a, b = self.perturb.coefficients(gg, both[0], both[1], self.rho)
             for c, table in zip(self.classes, self.tables, strict=True):
-                kernels.perturb(table, pick(self.weights, c), pick(g, c), pick(self.adversary, c), scale)
+                v = pick(self.v, c) if self.remembers else None
+                kernels.perturb(table, pick(self.weights, c), pick(g, c), pick(self.adversary, c), a, v=v, b=b)
             self._robust()
         self.clean_result = None  # hold no gradients longer than the step does
 

@@ -50,7 +50,7 @@ class Table:
                 self.known.clear()
             self.known[key] = len(self.known)
             self.pending.append(key)
-        if not torch.cuda.is_current_stream_capturing():
+        if not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.flush()
         return self.rows[self.known[key]]
 
@@ -94,29 +94,34 @@ def _squares(g, tensor, start, sizes, out, groups, G_T: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _perturb(
-    w, g, adversary, tensor, start, sizes, scale,
-    GROUPS: tl.constexpr, G_T: tl.constexpr, A_T: tl.constexpr, ADD: tl.constexpr,
+    w, g, v, adversary, tensor, start, sizes, a, b,
+    GROUPS: tl.constexpr, G_T: tl.constexpr, A_T: tl.constexpr, ADD: tl.constexpr, V: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     t, offsets, mask, size = _locate(tensor, start, sizes, BLOCK, ALIGNED)
     x = tl.load(_address(w, t, tl.float32, ALIGNED) + offsets, mask)  # once for all groups
+    if V:
+        direction = tl.load(_address(v, t, tl.float32, ALIGNED) + offsets, mask)
     for group in range(GROUPS):
         y = x
         if ADD:
-            step = tl.load(scale + group)
-            y += step * tl.load(_address(g, t, G_T, ALIGNED) + group * size + offsets, mask).to(tl.float32)
+            gradient = tl.load(_address(g, t, G_T, ALIGNED) + group * size + offsets, mask).to(tl.float32)
+            y += tl.load(a + group) * gradient
+        if V:
+            y += tl.load(b + group) * direction
         tl.store(_address(adversary, t, A_T, ALIGNED) + group * size + offsets, y.to(A_T), mask)
 
 
 @triton.jit
 def _inner(
     g, g_p, tensor, start, sizes, cross, square, groups,
-    G_T: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    G_T: tl.constexpr, P_T: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     t, offsets, mask, size = _locate(tensor, start, sizes, BLOCK, ALIGNED)
     group = tl.program_id(1).to(tl.int64)
     x = tl.load(_address(g, t, G_T, ALIGNED) + group * size + offsets, mask, other=0.0).to(tl.float32)
-    y = tl.load(_address(g_p, t, G_T, ALIGNED) + group * size + offsets, mask, other=0.0).to(tl.float32)
+    other = offsets if SHARED else group * size + offsets
+    y = tl.load(_address(g_p, t, P_T, ALIGNED) + other, mask, other=0.0).to(tl.float32)
     where = tl.program_id(0) * groups + group
     tl.store(cross + where, tl.sum(x * y))
     tl.store(square + where, tl.sum(y * y))
@@ -155,25 +160,33 @@ def squares(table: Table, g: list[Tensor], groups: int) -> Tensor:
 
 
 def perturb(
-    table: Table, w: list[Tensor], g: list[Tensor] | None, adversary: list[Tensor], scale: Tensor | None
+    table: Table,
+    w: list[Tensor],
+    g: list[Tensor] | None,
+    adversary: list[Tensor],
+    a: Tensor | None,
+    *,
+    v: list[Tensor] | None = None,
+    b: Tensor | None = None,
 ) -> None:
-    """adversary = w + scale_group g, rounded once to the adversary's dtype; without g, w is cast. Three passes."""
-    groups = 1 if scale is None else len(scale)
+    """adversary = w + a_group g + b_group v, rounded once to the adversary's dtype; without g, w is cast."""
     source = adversary if g is None else g
     _perturb[(table.blocks,)](
-        table.of(w), table.of(source), table.of(adversary), table.tensor, table.start, table.sizes,
-        table.start if scale is None else scale,
-        GROUPS=groups, G_T=TYPES[source[0].dtype], A_T=TYPES[adversary[0].dtype], ADD=g is not None,
-        BLOCK=BLOCK, ALIGNED=table.aligned,
+        table.of(w), table.of(source), table.of(w if v is None else v), table.of(adversary),
+        table.tensor, table.start, table.sizes, table.start if a is None else a, table.start if b is None else b,
+        GROUPS=1 if a is None else len(a), G_T=TYPES[source[0].dtype], A_T=TYPES[adversary[0].dtype],
+        ADD=g is not None, V=v is not None, BLOCK=BLOCK, ALIGNED=table.aligned,
     )  # fmt: skip
 
 
-def inner(table: Table, g: list[Tensor], g_p: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-    """(<g, g_p>, ||g_p||^2) of each group. Reads both once."""
+def inner(
+    table: Table, g: list[Tensor], g_p: list[Tensor], groups: int, *, shared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(<g, g_p>, ||g_p||^2) of each group; with `shared`, g_p has no groups. Reads both once."""
     out = table.sizes.new_empty(2, table.blocks, groups, dtype=torch.float32)
     _inner[(table.blocks, groups)](
         table.of(g), table.of(g_p), table.tensor, table.start, table.sizes, out[0], out[1], groups,
-        G_T=TYPES[g[0].dtype], BLOCK=BLOCK, ALIGNED=table.aligned,
+        G_T=TYPES[g[0].dtype], P_T=TYPES[g_p[0].dtype], SHARED=shared, BLOCK=BLOCK, ALIGNED=table.aligned,
     )  # fmt: skip
     cross, square = out.sum(1)
     return cross, square

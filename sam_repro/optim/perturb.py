@@ -232,6 +232,21 @@ class Eigen:
             return sam(params, unit, rho)
         return list(torch._foreach_mul(unit, rho))
 
+    def coefficients(self, gg: Tensor, gv: Tensor, vv: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) with eps = a g + b v, from <g,g>, <g,v>, <v,v>: the call above for an engine that fuses its passes.
+
+        Without a vector, v = 0, it is SAM's. Not for `faithful`, which then is not.
+        """
+        length = gg.sqrt() + STABILITY
+        along = gv / length
+        weight = self.alpha * torch.sign(along)
+        square = (vv - along.square()).clamp(min=0)  # ||v_perp||^2
+        if self.renormalise == "v_perp":
+            weight = weight / (square.sqrt() + STABILITY)
+        if self.renormalise == "sum":
+            rho = rho / ((1 + weight.square() * square).sqrt() + STABILITY)
+        return rho * (1 - weight * along) / length, rho * weight
+
     def state_dict(self) -> dict[str, Any]:
         """The eigenvector; empty before the first estimate."""
         return {} if self.v is None else {"v": self.v}

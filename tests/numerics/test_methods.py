@@ -308,6 +308,23 @@ def test_eigen_is_the_same_for_v_and_minus_v(renormalise):
     assert torch.equal(*eps)
 
 
+RHO = torch.tensor(0.4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("renormalise", ["none", "v_perp", "sum"])
+def test_eigen_by_its_coefficients(renormalise):
+    perturb = build_perturbation("eigen", alpha=0.3, renormalise=renormalise)
+    g, v = (torch.randn(50, dtype=torch.float64) for _ in range(2))
+    perturb.v = [v / v.norm()]
+    for sign in (1, -1):
+        (expected,) = perturb([g], [sign * g], 0.4)
+        a, b = perturb.coefficients(g @ g, sign * g @ perturb.v[0], perturb.v[0] @ perturb.v[0], RHO)
+        assert_close(a * sign * g + b * perturb.v[0], expected, rtol=1e-9, atol=1e-12)
+    a, b = perturb.coefficients(g @ g, 0 * g[0], 0 * g[0], RHO)  # no vector yet
+    assert_close(a * g, 0.4 * g / g.norm(), rtol=1e-6, atol=0)
+    assert b == 0
+
+
 def test_eigen_without_a_vector_is_sam_or_what_the_release_does():
     (ours,), (theirs,) = Eigen()([W], [G], 0.1), Eigen(faithful=True)([W], [G], 0.1)
     close(ours, 0.1 * G / G.norm(), 1e-13)
