@@ -40,6 +40,18 @@ def report(row: Row, path: Path) -> str:
     return f"{row['run_id']} {row['status']}: {scores or 'no evaluation'} after {clock(3600 * row['hours'])}; {path}"
 
 
+def sharpness_of(row: Row) -> list[str]:
+    """A paragraph on the curvature that was measured at the end, or nothing."""
+    s = row.get("sharpness", {})
+    if "lambda_max" not in s:
+        return []
+    said = (
+        f"Top eigenvalue of the Hessian {s['lambda_max']:.4g} (relative residual {s['residual']:.0e}); surrogate gap h "
+    )
+    said += f"{s['surrogate_gap']:.4g} at rho {s['rho']:.3g}; both of the training loss, on {s['images']} images."
+    return [said, ""]
+
+
 def model_card(row: Row) -> str:
     """What somebody who finds the weights needs: how they were made, what they score, how to load and repeat them."""
     model, data = row["config"]["model"], row["config"]["data"]
@@ -56,6 +68,7 @@ def model_card(row: Row) -> str:
         "|---|---|---|",
         *scores,
         "",
+        *sharpness_of(row),
         f"Commit {row['commit'][:12]}{' with uncommitted changes' if row['dirty'] else ''}, {row['world']} x "
         f"{row['hardware']}, {row['dtype']}, {row['hours']:.3f} processor hours, torch {row['versions'].get('torch')}, "
         f"timm {row['versions'].get('timm')}, data {row['manifest']}, finished {row['finished']}.",

@@ -1,8 +1,9 @@
-"""A W&B workspace for a table: its runs grouped by model and method, and the panels that its claims are about.
+"""A W&B workspace and a report of a table: its runs by model and method, and the panels that its claims are about.
 
-  sam-repro dashboard table1 --entity my-team          # builds it with a key, else writes dashboard-table1.json
+  sam-repro dashboard table1 --entity my-team          # builds both with a key, else writes dashboard-table1.json
   sam-repro dashboard --push dashboard-table1.json     # later
 
+The report holds the table as `sam-repro table` prints it at that moment, and the panels; the workspace only the panels.
 Building needs `pip install wandb-workspaces`; writing the JSON needs nothing.
 """
 
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.errors import UserError
+from sam_repro.paper.outcome import Outcome, outcomes
 from sam_repro.paper.spec import Table, load_table
 from sam_repro.paper.sync import has_key
+from sam_repro.paper.tables import render
 
 # section: panels, each (title, metrics over steps)
 PANELS = {
@@ -23,6 +26,11 @@ PANELS = {
         ("Surrogate gap h", ["surrogate_gap"]),
         ("cos θ", ["cosine"]),
         ("Radius ρ", ["rho"]),
+    ],
+    "Curvature": [
+        ("λ_max", ["sharpness/lambda_max"]),
+        ("2h/ρ² and its first-order part", ["sharpness/estimate", "sharpness/first_order"]),
+        ("|cos(ε, v)|", ["sharpness/alignment"]),
     ],
     "Training": [
         ("Loss, clean and perturbed", ["loss", "loss_robust"]),
@@ -38,35 +46,40 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("table", nargs="?", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("--entity", default="", help="W&B user or team")
     parser.add_argument("--project", default="sam-repro")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
     parser.add_argument("--push", type=Path, metavar="FILE", help="build what an earlier call wrote")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here, key or no key")
 
 
 def run(args: Namespace) -> None:
-    """Build the workspace, or write it down."""
+    """Build workspace and report, or write them down."""
     if args.push is not None:
         try:
             tree = json.loads(args.push.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {args.push}: {error}") from None
-        print(build(tree | ({"entity": args.entity} if args.entity else {})).save().url)
+            assert isinstance(tree, dict) and {"table", "sections", "report"} <= tree.keys()
+        except (OSError, ValueError, AssertionError) as error:
+            reason = error if str(error) else "it was not written by `sam-repro dashboard`"
+            raise UserError(f"cannot read {args.push}: {reason}") from None
+        push(tree | ({"entity": args.entity} if args.entity else {}))
         return
     if args.table is None:
         raise UserError("name a table, or a file with --push")
-    tree = dashboard_of(load_table(args.table), entity=args.entity, project=args.project)
+    table = load_table(args.table)
+    tree = dashboard_of(table, outcomes(table, args.ledger), entity=args.entity, project=args.project)
     if args.output is None and has_key():
-        print(build(tree).save().url)
+        push(tree)
         return
     path = args.output or Path(f"dashboard-{tree['table']}.json")
-    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    try:
+        path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     print(path)
 
 
-def dashboard_of(table: Table, *, entity: str, project: str) -> dict[str, Any]:
-    """The workspace as plain data."""
+def dashboard_of(table: Table, found: list[Outcome], *, entity: str, project: str) -> dict[str, Any]:
+    """Workspace and report as plain data."""
     accuracy = [(f"{c.title}, %", [f"{c.name}/accuracy"]) for c in table.columns if c.value is None]
-    curvature = [(c.title, [c.value]) for c in table.columns if c.value and c.value.startswith("sharpness.")]
-    sections = {"Accuracy": accuracy, "Curvature": curvature, **PANELS}
     group = next((o.partition("=")[2] for o in table.base if o.startswith("log.group=")), table.name)
     return {
         "table": table.name,
@@ -77,14 +90,26 @@ def dashboard_of(table: Table, *, entity: str, project: str) -> dict[str, Any]:
         "group_by": ["model.name", "optim.name"],
         "sections": [
             {"name": name, "panels": [{"title": title, "y": y} for title, y in panels]}
-            for name, panels in sections.items()
+            for name, panels in ({"Accuracy": accuracy} | PANELS).items()
             if panels
         ],
+        "report": {"description": table.source, "text": render(table, found, "md")},
     }
 
 
-def build(tree: dict[str, Any]) -> Any:
-    """The workspace object of the public wandb-workspaces API, not yet saved."""
+def push(tree: dict[str, Any]) -> None:
+    """Save both; print where they are."""
+    workspace, report = build_workspace(tree), build_report(tree)
+    try:
+        print(workspace.save().url)
+        report.save()
+        print(report.url)
+    except Exception as error:  # the client's, of many kinds: no network, a wrong key, no right to the project
+        raise UserError(f"W&B refused: {' '.join(str(error).split())[:300]}") from error
+
+
+def modules(tree: dict[str, Any]) -> tuple[Any, Any]:
+    """wandb-workspaces' reports and workspaces."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
@@ -92,23 +117,48 @@ def build(tree: dict[str, Any]) -> Any:
         raise UserError("building a workspace needs `pip install wandb-workspaces`") from None
     if not tree.get("entity"):
         raise UserError("W&B workspaces belong to a user or team: give --entity")
-    sections = [
-        ws.Section(
-            name=section["name"],
-            panels=[wr.LinePlot(title=p["title"], x="Step", y=p["y"], smoothing_factor=0) for p in section["panels"]],
-            is_open=True,
-        )
-        for section in tree["sections"]
-    ]
-    runs = ws.RunsetSettings(
-        filters=[ws.Metric("Group").isin([tree["run_group"]])],
-        groupby=[ws.Config(key) for key in tree["group_by"]],
-    )
+    return wr, ws
+
+
+def panels_of(section: dict[str, Any], wr: Any) -> list[Any]:
+    """A section's line plots."""
+    return [wr.LinePlot(title=p["title"], x="Step", y=p["y"], smoothing_factor=0) for p in section["panels"]]
+
+
+def build_workspace(tree: dict[str, Any]) -> Any:
+    """The workspace object of the public wandb-workspaces API, not yet saved."""
+    wr, ws = modules(tree)
     return ws.Workspace(
         entity=tree["entity"],
         project=tree["project"],
         name=tree["name"],
-        sections=sections,
-        runset_settings=runs,
+        sections=[ws.Section(name=s["name"], panels=panels_of(s, wr), is_open=True) for s in tree["sections"]],
+        runset_settings=ws.RunsetSettings(
+            filters=f"Metric('Group') in ['{tree['run_group']}']",
+            groupby=[ws.Config(key) for key in tree["group_by"]],
+        ),
         auto_generate_panels=False,
+    )
+
+
+def build_report(tree: dict[str, Any]) -> Any:
+    """The report object, not yet saved: the table as it stands, then each section's panels over the table's runs."""
+    wr, _ = modules(tree)
+    blocks = [wr.TableOfContents(), wr.H1(text=tree["name"]), wr.MarkdownBlock(text=tree["report"]["text"])]
+    for section in tree["sections"]:
+        runs = wr.Runset(
+            entity=tree["entity"],
+            project=tree["project"],
+            name=tree["run_group"],
+            filters=f"Metric('Group') in ['{tree['run_group']}']",
+            groupby=[f"config.{key}" for key in tree["group_by"]],
+        )
+        blocks += [wr.H2(text=section["name"]), wr.PanelGrid(runsets=[runs], panels=panels_of(section, wr))]
+    return wr.Report(
+        entity=tree["entity"],
+        project=tree["project"],
+        title=tree["name"],
+        description=tree["report"]["description"],
+        blocks=blocks,
+        width="fluid",
     )

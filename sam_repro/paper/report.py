@@ -231,10 +231,17 @@ def run_part(row: Row) -> str:
     if any(rho for _, rho in points["rho"]):
         charts += [line_chart("surrogate gap h", [("first", points["surrogate_gap"])])]
         charts += [line_chart("cos θ", [("first", points["cosine"])])]
+    measured = row.get("curves", {}).get("sharpness", [])
+    for title, key in (("λ_max of the Hessian", "lambda_max"), ("|cos(ε, v)|", "alignment")):
+        charts.append(line_chart(title, [("first", [(m["step"], m[key]) for m in measured])]))
     charts.append(line_chart("learning rate", [("first", points["lr"])], digits=2))
     facts = f"{row.get('world', 1)} x {row['hardware']}, {row.get('dtype', '')}, m = {row.get('m', '–')}, "
     facts += f"{row.get('hours', 0):.3g} processor hours, {row.get('finished', '')}, commit {row['commit'][:12]}"
     facts += " with local changes" if row["dirty"] else ""
+    s = row.get("sharpness", {})
+    if "lambda_max" in s:
+        facts += f"; λ_max {s['lambda_max']:.4g} (residual {s['residual']:.1g}), 2h/ρ² {s['estimate']:.4g} at ρ "
+        facts += f"{s['rho']:.3g}, |cos(ε, v)| {s['alignment']:.3f}, on {s['images']} training images"
     command = "python train.py " + shlex.join(row.get("overrides", []))
     return (
         f'<details id="{row["run_id"]}" class="filterable">{head}<div class="charts">{"".join(charts)}</div>'

@@ -49,9 +49,9 @@ class Monitor:
         self.after_k: list[float] = []
 
     def due(self, done: int) -> bool:
-        """Whether to measure after update number `done`."""
-        every = self.cfg.sharpness.every
-        return every > 0 and done % every == 0
+        """Whether to measure after update number `done`; with Eigen-SAM again when the next estimate comes, k later."""
+        every, o = self.cfg.sharpness.every, self.cfg.optim
+        return every > 0 and (done % every == 0 or (o.perturb == "eigen" and done > every and done % every == o.k))
 
     def __call__(self, done: int, rho: float, *, final: bool = False) -> dict[str, Any]:
         """One measurement; where there is none, {"problem": a sentence}."""

@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 from sam_repro.cli import main
 from sam_repro.ledger import write_row
 from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.report import Part, assemble
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import load_table, parse_table
 from sam_repro.paper.stats import compare, interval, verdict
@@ -80,6 +81,20 @@ def test_a_diverged_seed_is_the_verdict(tmp_path: Path) -> None:
     write_rows(tmp_path, runs[:2], [324, 325])
     write_rows(tmp_path, runs[2:], [0], status="diverged")
     assert outcomes(table, tmp_path)[0].cells[0].verdict == "diverged"
+
+
+def test_sharpness_of_rows_fills_fig_4_and_a_row_without_it_waits(tmp_path: Path) -> None:
+    table = load_table("fig4")
+    measured, without = (runs_of(table, row)[0] for row in table.rows[:2])
+    sharpness = {"lambda_max": 12.5, "estimate": 3.25, "residual": 1e-4, "images": 512, "rho": 0.05, "alignment": 0.2}
+    write_row(tmp_path, fake_row(measured, 180) | {"sharpness": sharpness})
+    write_row(tmp_path, fake_row(without, 180) | {"sharpness": {"problem": "no memory"}})
+    first, second, *_ = outcomes(table, tmp_path)
+    ours = {c.column.name: c.ours.mean for c in first.cells if c.ours}
+    assert ours == {"val": 50.0, "estimate": 3.25, "lambda_max": 12.5}
+    assert [c.ours is None for c in second.cells] == [False, True, True]
+    page = assemble([Part(table, outcomes(table, tmp_path))])
+    assert "λ_max 12.5 (residual 0.0001), 2h/ρ² 3.25 at ρ 0.05" in page
 
 
 def test_a_held_lock_reads_running(tmp_path: Path) -> None:
