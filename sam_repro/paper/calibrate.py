@@ -65,7 +65,8 @@ def measure_step(cfg: Config) -> tuple[Entry, str]:
     with tempfile.TemporaryDirectory() as folder:
         log = replace(cfg.log, runs_dir=folder, ledger_dir=f"{folder}/ledger", wandb="disabled", progress="lines")
         plain = compose_config(["augment=none"]).augment
-        row = main(replace(cfg, data=data, recipe=recipe, train=train, augment=plain, log=log))
+        unmeasured = replace(cfg.sharpness, images=0)
+        row = main(replace(cfg, data=data, recipe=recipe, train=train, augment=plain, sharpness=unmeasured, log=log))
         if row["status"] != "done":
             raise UserError(f"the calibration of {row['run_id']} ended {row['status']}")
         row = ledger.read_row(ledger.row_path(f"{folder}/ledger", row["run_id"]))
