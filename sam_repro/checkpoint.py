@@ -1,7 +1,7 @@
 """Checkpoints that survive: written beside, named into place, checked by digest, never unpickled as code.
 
 A checkpoint is two files, `step-00001234.pt` and `step-00001234.json`. The JSON (step, score, configuration hash,
-SHA-256 of the .pt) is written last: a .pt without it is an unfinished save and is ignored.
+SHA-256 of the .pt, and a seal on all that) is written last: a .pt without it is an unfinished save and is ignored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +51,38 @@ def save(run_dir: Path, state: dict[str, Any], *, step: int, config_hash: str, s
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON atomically and durably."""
+    """Write JSON atomically and durably, with a seal on its fields."""
     temporary = path.with_suffix(".json.tmp")
     with open(temporary, "w") as file:
-        json.dump(record, file)
+        json.dump(record | {"seal": seal(record)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def seal(record: dict[str, Any]) -> str:
+    """A checksum of a record's fields, so that a damaged one is not mistaken for another run's."""
+    fields = {k: v for k, v in record.items() if k != "seal"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """What the finished checkpoints of a run say of themselves, oldest first."""
+    """What the finished checkpoints of a run say of themselves, oldest first; a damaged record has only its path."""
     found = []
     for path in sorted(run_dir.glob("step-*.json")):
+        weights = {"path": path.with_suffix(".pt")}
         try:
-            found.append(json.loads(path.read_text()) | {"path": path.with_suffix(".pt")})
-        except (OSError, ValueError):
-            continue  # a damaged record: its checkpoint cannot be trusted
-    return [r for r in found if {"step", "config_hash", "sha256"} <= r.keys()]
+            record = json.loads(path.read_bytes())
+            whole = record["seal"] == seal(record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        found.append(record | weights if whole else weights)
+    return found
 
 
 def prune(run_dir: Path) -> None:
     """Remove all but the newest KEEP checkpoints and the best one, and what dead saves left behind."""
-    known = records(run_dir)
+    known = [r for r in records(run_dir) if "step" in r]
     scored = [r for r in known if r.get("score") is not None]
     keep = known[-KEEP:] + ([max(scored, key=lambda r: r["score"])] if scored else [])
     names = {r["path"].stem for r in keep}
@@ -92,18 +102,42 @@ def load_newest(run_dir: Path, *, config_hash: str, device: torch.device) -> tup
     damaged: list[str] = []
     for record in reversed(records(run_dir)):
         path = record["path"]
-        if record["config_hash"] != config_hash:
-            theirs = record["config_hash"]
+        theirs = record.get("config_hash", config_hash)
+        if theirs != config_hash:
             raise UserError(f"{path} was made with another configuration (hash {theirs}, this run's is {config_hash})")
         try:
-            if digest(path) != record["sha256"]:
-                raise ValueError("its SHA-256 is not the one recorded")
-            return torch.load(path, map_location=device, weights_only=True), damaged
+            return load(record, device), damaged
         except Exception as error:  # a damaged archive raises whatever its bytes lead to
             damaged.append(f"{path.name} is damaged ({error}); going back to the one before it")
     if damaged:
         raise UserError(f"no checkpoint in {run_dir} can be read: {'; '.join(damaged)}")
     return None, []
+
+
+def load(record: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The state of one checkpoint; ValueError if it is not what was saved."""
+    path = record["path"]
+    if "sha256" not in record:
+        raise ValueError(f"{path.with_suffix('.json').name} is not as it was written")
+    if digest(path) != record["sha256"]:
+        raise ValueError("its SHA-256 is not the one recorded")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def load_step(run_dir: Path, step: int, device: torch.device, *, patience: float = 60) -> dict[str, Any]:
+    """The checkpoint that another process found whole; on NFS it may appear here a little later."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            (record,) = (r for r in records(run_dir) if r.get("step") == step)
+            return load(record, device)
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rank 0 resumes from step {step}, but here {run_dir} does not have it ({error}): "
+                    "the folder must be on a file system that all nodes share"
+                ) from None
+        time.sleep(1)
 
 
 def digest(path: Path) -> str:

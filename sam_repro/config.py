@@ -122,6 +122,7 @@ class TrainConfig:
     eval_every_epochs: float = 10  # 0: only at the end
     save_every_minutes: float = 20  # besides after every evaluation
     save_every_steps: int = 0  # 0: by minutes only
+    timeout_minutes: float = 10  # several processes: one without progress for this long ends, and the others with it
 
 
 @dataclass
@@ -158,6 +159,7 @@ MACHINE_KEYS = (
     "train.log_every",
     "train.save_every_minutes",
     "train.save_every_steps",
+    "train.timeout_minutes",
 )
 
 
@@ -306,6 +308,7 @@ def validate(cfg: Config) -> None:
     }
     positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
     positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every", "sharpness.batch")
+    positive += ("train.timeout_minutes",)
     not_negative = ("recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
     not_negative += ("augment.cutout", "augment.mixup", "augment.randaugment", "data.finetune_warmup")
     not_negative += ("data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")

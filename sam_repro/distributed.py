@@ -4,51 +4,123 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sam_repro.errors import UserError
+from sam_repro.heartbeat import Heart, RankLost, Waits, first_line, open_store
 
-# A rank that hangs or dies ends the others after this long; a compile on one rank must fit in it.
-TIMEOUT = timedelta(minutes=10)
+# The heartbeat notices a lost rank first and says which; this is for where it cannot.
+MARGIN = timedelta(minutes=2)
+
+
+T = TypeVar("T")
 
 
 @dataclass
 class Ranks:
-    """This process among its peers. All methods are no-ops or identities for one process."""
+    """This process among its peers. All methods are no-ops or identities for one process.
+
+    Collectives raise RankLost, in one sentence, when another rank died.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    heart: Heart | None = None
+
+    def __post_init__(self) -> None:
+        self.waits = Waits(self.device)
 
     @property
     def main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
+    def pulse(self, step: int | None = None) -> None:
+        """This rank got on; `step` updates are made."""
+        if self.heart is not None:
+            self.heart.pulse(step)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all ranks in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            self._together(lambda: dist.all_reduce(tensor))
         return tensor
+
+    def reduce_gradient_(self, tensor: torch.Tensor) -> None:
+        """sum_, and remember how long this rank waited: `waits`."""
+        self.waits.timed(self.sum_, tensor)
+
+    def each(self, value: float) -> list[float]:
+        """The values of all ranks, on all ranks."""
+        if self.world == 1:
+            return [value]
+        values = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+
+        def gather() -> list[float]:
+            dist.all_reduce(values)
+            return values.tolist()
+
+        return self._together(gather)
+
+    def max(self, value: float) -> float:
+        """The largest value of all ranks, on all ranks."""
+        return max(self.each(value))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all ranks get the same answer."""
-        if self.world == 1:
-            return flag
-        return bool(self.sum_(torch.tensor(float(flag), device=self.device)).item())
+        return self.max(float(flag)) > 0
+
+    def first(self, value: float) -> float:
+        """Rank 0's value, on all ranks."""
+        return self.each(value)[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.any(False)
 
+    def _together(self, call: Callable[[], T]) -> T:
+        """Run something that waits for the other ranks."""
+        if self.heart is not None:
+            self.heart.me["waits"] = True
+        try:
+            return call()
+        except RuntimeError as error:  # gloo's and NCCL's word for a peer that is gone
+            if self.heart is None:
+                raise
+            raise self.heart.why(error) from error
+        finally:
+            self.pulse()
+
+    def finish(self) -> None:
+        """All ranks did all they had to: stop watching, and leave together."""
+        if self.heart is not None:
+            self.heart.stop()
+            self.barrier()
+
+    def farewell(self, sentence: str, code: int) -> None:
+        """This rank ends before its time: tell the others why, so that they do not wait."""
+        if self.heart is not None and not self.heart.stopped.is_set():
+            self.heart.farewell(sentence, code)
+
+    def on_loss(self, call: Callable[[str], None]) -> None:
+        """What to do before this process ends because of another."""
+        if self.heart is not None:
+            self.heart.on_loss = call
+
     def close(self) -> None:
         """Leave the process group."""
+        if self.heart is not None:
+            self.heart.stop()
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -67,10 +139,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def init_ranks(device: str) -> Ranks:
+def init_ranks(device: str, timeout_minutes: float = 10) -> Ranks:
     """Join the process group that torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS) started.
 
     A single process that neither started is a group of one and needs no environment.
+
+    Args:
+        timeout_minutes: a rank that makes no progress for this long ends, and says for whom it waited.
     """
     env = os.environ
     if "RANK" in env:
@@ -87,7 +162,14 @@ def init_ranks(device: str) -> Ranks:
     where = pick_device(device, local_rank)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+        limit = timedelta(minutes=timeout_minutes)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit + MARGIN)
+            heart = Heart(open_store(), rank=rank, world=world, limit=limit.total_seconds())
+        except RuntimeError as error:
+            meeting = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+            raise RankLost(f"the {world} ranks did not meet at {meeting} ({first_line(error)})") from error
+        return Ranks(rank, world, local_rank, local_world, where, heart)
     return Ranks(rank, world, local_rank, local_world, where)
 
 

@@ -3,3 +3,5 @@
 
 class UserError(ValueError):
     """Bad input. The front doors print its single sentence and exit with code 2, without a traceback."""
+
+    code = 2

@@ -77,6 +77,7 @@ def _summed(hits: Iterable[tuple[Tensor, int]], loader: Loader, ranks: Ranks) ->
     """(correct, images) of batches, added over batches and ranks and checked to be the whole set."""
     counts = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     for correct, images in hits:
+        ranks.pulse()
         counts += torch.stack([correct, correct.new_tensor(images)])
     correct, total = ranks.sum_(counts).tolist()
     assert total == loader.samples, f"evaluated {total} of {loader.samples} images"

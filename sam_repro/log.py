@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sam_repro.config import Config, to_dict
+from sam_repro.config import Config
+from sam_repro.tracking import start_tracking
 
 Record = dict[str, Any]
+
+SLOW = 0.1  # of a step's time: a rank for which the others wait longer is named on the console
 
 
 class RunLog:
@@ -37,11 +40,11 @@ class RunLog:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         bar = cfg.log.progress == "bar" or (cfg.log.progress == "auto" and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=step, desc=run_id, unit="step", disable=not bar, dynamic_ncols=True)
         self.lines = not bar
-        self.wandb = start_wandb(run_dir, cfg, run_id)
+        self.tracker = start_tracking(run_dir, cfg, run_id)
 
     def step(self) -> None:
         """One update was made."""
@@ -54,21 +57,23 @@ class RunLog:
             tqdm.write(sentence, file=sys.stderr)
 
     def record(self, record: Record) -> None:
-        """Append a record; non-finite numbers become null, which JSON has no word for otherwise."""
+        """Append a record; non-finite numbers become null, which JSON has no word for otherwise.
+
+        Raises:
+            OSError: if the disk does not take it.
+        """
         if self.run_dir is None:
             return
-        self.file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
+        line = (json.dumps({k: finite(v) for k, v in record.items()}) + "\n").encode()
+        if self.file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         shown = summary(record)
         if self.lines:
             self.say(f"[{record['step']}/{self.bar.total}] {shown}")
         else:
             self.bar.set_postfix_str(shown)
-        if self.wandb is not None:
-            try:
-                self.wandb.log(metrics_of(record), step=record["step"])
-            except Exception as error:  # tracking must never stop a run
-                warnings.warn(f"W&B logging failed and is off from here: {error}", stacklevel=1)
-                self.wandb = None
+        if self.tracker is not None:
+            self.tracker.log(record["step"], metrics_of(record))
 
     def close(self) -> None:
         """Flush everything."""
@@ -76,11 +81,8 @@ class RunLog:
             return
         self.bar.close()
         self.file.close()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                warnings.warn(f"W&B did not finish: {error}", stacklevel=1)
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 def finite(value: Any) -> Any:
@@ -107,6 +109,9 @@ def summary(record: Record) -> str:
         return f"λ_max {s['lambda_max']:.4g}, 2h/ρ² {s['estimate']:.4g}, |cos(ε, v)| {s['alignment']:.3f}"
     parts = [f"loss {record['loss']:.4f}", f"h {record['surrogate_gap']:.4f}", f"lr {record['lr']:.2e}"]
     parts += [f"rho {record['rho']:.3f}", f"{record['images_per_second']:.0f} images/s", f"ETA {clock(record['eta'])}"]
+    if record.get("lag_seconds", 0.0) > SLOW * record["step_seconds"]:
+        share = record["lag_seconds"] / record["step_seconds"]
+        parts.append(f"{100 * share:.0f} % of a step is waiting for rank {record['slowest_rank']}")
     return ", ".join(parts)
 
 
@@ -128,31 +133,3 @@ def read_log(path: Path) -> list[Record]:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
-
-
-def start_wandb(run_dir: Path, cfg: Config, run_id: str) -> Any:
-    """The W&B run, always of the same id, or None when it is disabled or will not start."""
-    mode = cfg.log.wandb
-    if mode == "auto":
-        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-        known = netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
-        mode = "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-
-        return wandb.init(
-            project=cfg.log.project,
-            id=run_id,
-            name=run_id,
-            group=cfg.log.group,
-            dir=str(run_dir),
-            mode=mode,  # pyright: ignore[reportArgumentType]: validated
-            resume="allow",
-            config=to_dict(cfg),
-            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
-        )
-    except Exception as error:  # no network, no package, a bad key: the run goes on without
-        warnings.warn(f"W&B did not start, log.jsonl has everything: {error}", stacklevel=1)
-        return None

@@ -94,7 +94,11 @@ def gradient_step(
         raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} a process")
     stochastic = any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules())
     compiled = ranks.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
-    peers = {"all_reduce": ranks.sum_ if ranks.world > 1 else None, "rank": ranks.rank, "world": ranks.world}
+    peers = {
+        "all_reduce": ranks.reduce_gradient_ if ranks.world > 1 else None,
+        "rank": ranks.rank,
+        "world": ranks.world,
+    }
     if o.kind == "entropy_sgd":
         if compiled:
             objective = torch.compile(objective, dynamic=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
-from sam_repro import ledger
-from sam_repro.config import Config, to_dict
+from sam_repro import checkpoint, failure, ledger
+from sam_repro.config import Config, config_hash, to_dict
 from sam_repro.data import Loader, build_loader
 from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
@@ -43,10 +44,22 @@ def open_run(cfg: Config, run_dir: Path) -> RunLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run_dir)
+        failure.clear(run_dir)
         (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
     except OSError as error:
         raise UserError(f"cannot write in {run_dir}: {error}") from error
     return lock
+
+
+def find_state(cfg: Config, run_dir: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest good checkpoint that rank 0 finds, on all ranks, and a sentence for each damaged one."""
+    state, damaged = None, []
+    if ranks.main:
+        state, damaged = checkpoint.load_newest(run_dir, config_hash=config_hash(cfg), device=ranks.device)
+    step = int(ranks.first(state["step"] if state else -1))
+    if step >= 0 and not ranks.main:
+        state = checkpoint.load_step(run_dir, step, ranks.device)
+    return state, damaged
 
 
 def split_batch(cfg: Config, world: int) -> int:

@@ -22,6 +22,17 @@ def rates(interval: float, counted: int, left: int, batch: int, seconds: float, 
     }
 
 
+def lag(waits: list[float]) -> dict[str, float]:
+    """Which rank the others wait for in the gradient's reduction, and how long; nothing for one rank.
+
+    Args:
+        waits: mean seconds that each rank spent in a reduction. All pay for the transfer; the slowest pays no more.
+    """
+    if len(waits) == 1:
+        return {}
+    return {"slowest_rank": waits.index(min(waits)), "lag_seconds": max(waits) - min(waits)}
+
+
 def curves(records: list[dict[str, Any]], most: int = 200) -> dict[str, Any]:
     """The log thinned to at most `most` training points; all evaluations."""
     training = [r for r in records if "eval" not in r and "sharpness" not in r]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from sam_repro import checkpoint, ledger
+from sam_repro import checkpoint, failure, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
 from sam_repro.data import Loader
 from sam_repro.data.augment import cutout, mixup
@@ -28,15 +27,16 @@ from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
 from sam_repro.errors import UserError
 from sam_repro.evaluate import count_correct, evaluate_sets
+from sam_repro.heartbeat import RankLost
 from sam_repro.initial import start_from
 from sam_repro.log import RunLog, read_log
 from sam_repro.models import build_model
 from sam_repro.objective import average_buffers, forward_of, gradient_step
 from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups, lr_at, rho_at
-from sam_repro.setup import hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
+from sam_repro.setup import find_state, hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
 from sam_repro.sharpness.monitor import Monitor
 from sam_repro.signals import Interrupted, StopSignal
-from sam_repro.summary import curves, model_card, rates, report
+from sam_repro.summary import curves, lag, model_card, rates, report
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
 
@@ -61,13 +61,15 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
     if row_path.exists():
         print(f"{name} is {ledger.read_row(row_path)['status']}: {row_path}", file=sys.stderr)
         return ledger.read_row(row_path)
-    ranks = init_ranks(cfg.train.device)
-    bf16 = use_bf16(cfg.train.dtype, ranks.device)
-    seed_everything(cfg, ranks)
-    lock = open_run(cfg, run_dir) if ranks.main else None
-    stop, loaders = StopSignal(), []
+    ranks = init_ranks(cfg.train.device, cfg.train.timeout_minutes)
+    lock, stop, loaders = None, StopSignal(), []
     try:
-        if row_path.exists():  # another process has finished it in the meantime
+        bf16 = use_bf16(cfg.train.dtype, ranks.device)
+        seed_everything(cfg, ranks)
+        if ranks.main:
+            lock = open_run(cfg, run_dir)
+            ranks.on_loss(lambda why: failure.give_up(run_dir, lock, why))
+        if ranks.first(row_path.exists()):  # another process has finished it in the meantime
             return ledger.read_row(row_path)
         # ---- data ------------------------------------------------------------------------------------------------
         local_batch = split_batch(cfg, ranks.world)
@@ -111,12 +113,14 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
         # ---- resume ----------------------------------------------------------------------------------------------
         done, seconds = 0, 0.0
         totals, counted = torch.zeros(len(METRICS), device=ranks.device), 0
-        state, damaged = checkpoint.load_newest(run_dir, config_hash=config_hash(cfg), device=ranks.device)
+        counts = {}
+        state, damaged = find_state(cfg, run_dir, ranks)
         if state is not None:
             model.load_state_dict(state["model"])
             base.load_state_dict(state["base"])
             step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
+            counts = state["counts"] if done == total else {}
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
         for sentence in started + damaged:
             log.say(sentence)
@@ -131,8 +135,9 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             """Save everything that step `done` + 1 depends on; rank 0 writes."""
             average_buffers(model, ranks)
             state = {"model": model.state_dict(), "base": base.state_dict(), "method": step.state_dict()}
-            state |= {"step": done, "seconds": seconds, "totals": totals, "counted": counted}
-            if ranks.main:
+            state |= {"step": done, "seconds": seconds, "totals": totals, "counted": counted, "counts": counts}
+            if lock is not None:
+                lock.check()
                 checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)
 
         def evaluate() -> dict[str, dict[str, int]]:
@@ -160,7 +165,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
         # ---- loop ------------------------------------------------------------------------------------------------
         eval_every = round(cfg.train.eval_every_epochs * steps_per_epoch) or total
         lr_schedule = lr_schedule_of(cfg, total)
-        status, counts = "done", {}
+        status = "done"
         interval, saved_at = 0.0, time.perf_counter()
         tick = saved_at
         model.train()
@@ -182,13 +187,14 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             step.correct_(lr)
             done, counted = done + 1, counted + 1
             log.step()
+            ranks.pulse(done)
 
             due = done % cfg.train.log_every == 0 or done == total
             agree = done % AGREE_EVERY == 0 or ranks.world == 1
             late = agree and ranks.any(time.perf_counter() - saved_at > 60 * cfg.train.save_every_minutes)
-            stopping = agree and ranks.any(stop.received is not None)
+            stopping = int(ranks.max(stop.received or 0)) if agree else 0  # the signal, equal on all ranks
             evaluating = done % eval_every == 0 or done == total
-            saving = late or stopping or evaluating
+            saving = late or bool(stopping) or evaluating
             saving = saving or bool(cfg.train.save_every_steps and done % cfg.train.save_every_steps == 0)
             measuring = monitor is not None and monitor.due(done) and done < total
             if due or saving or measuring:
@@ -201,6 +207,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
                 log.record(
                     {"step": done, "epoch": done / steps_per_epoch, **means, "lr": lr, "rho": rho}
                     | rates(interval, counted, total - done, cfg.recipe.batch_size, seconds, ranks.world)
+                    | lag(ranks.each(ranks.waits.take()))
                     | step.report(seconds)
                 )
                 totals, counted, interval = torch.zeros_like(totals), 0, 0.0
@@ -221,7 +228,8 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             if stopping and done < total:
                 log.say(f"stopped at step {done} of {total} and saved; the same command goes on from there")
                 log.close()
-                raise Interrupted(128 + (stop.received or signal.SIGTERM))
+                ranks.finish()
+                raise Interrupted(128 + stopping)
 
         # ---- test sets -------------------------------------------------------------------------------------------
         if status == "done" and test_sets:
@@ -230,7 +238,6 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
         curvature = measure(final=True) if status == "done" else {}
 
         # ---- ledger ----------------------------------------------------------------------------------------------
-        log.close()
         sharing = int(os.environ.get("SAM_REPRO_SHARING", "1"))  # runs on this GPU (paper/pool.py): each has its share
         row = {
             "run_id": name,
@@ -261,8 +268,15 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
                 checkpoint.export(model, run_dir / "model.safetensors", {"run_id": name, "timm": cfg.model.timm})
                 (run_dir / "model_card.md").write_text(model_card(row))
             path = ledger.write_row(cfg.log.ledger_dir, row)
+            log.close()
             print(report(row, path), file=sys.stderr)
+        ranks.finish()
         return row
+    except Exception as error:
+        if lock is not None:
+            failure.note(run_dir, failure.sentence_of(error))
+        ranks.farewell(failure.sentence_of(error), failure.exit_code(error))
+        raise
     finally:
         stop.restore()
         for loader in loaders:
@@ -328,9 +342,14 @@ def cli() -> None:
 
     try:
         run()
-    except UserError as error:
+    except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(failure.exit_code(error))
+    except OSError as error:
+        if not failure.is_about_files(error):
+            raise
+        print(f"error: {error}; checkpoints are intact, the same command goes on from the newest", file=sys.stderr)
+        sys.exit(failure.exit_code(error))
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
-from sam_repro.lock import STALE
+from sam_repro.lock import is_held
 from sam_repro.paper.runs import Run, runs_of
 from sam_repro.paper.spec import UNREADABLE, Column, Table, TableRow
 from sam_repro.paper.stats import Comparison, Interval, compare, interval, verdict
@@ -115,10 +114,7 @@ def state_of(runs: list[Run], found: list[Row]) -> str:
 
 def is_running(r: Run) -> bool:
     """Whether a process on this machine or file system holds the run's lock and shows signs of life."""
-    try:
-        return time.time() - (Path(r.config.log.runs_dir) / r.run_id / "lock").stat().st_mtime < STALE
-    except OSError:
-        return False
+    return is_held(Path(r.config.log.runs_dir) / r.run_id)
 
 
 def value_of(row: Row, column: Column) -> float | None:

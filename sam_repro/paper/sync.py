@@ -8,7 +8,6 @@ A run keeps its id, so syncing again, or after the run went on, adds to the same
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 from sam_repro.errors import UserError
 from sam_repro.log import metrics_of, read_log
+from sam_repro.tracking import has_key
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,13 +44,6 @@ def run_folders(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder} is no run folder and has none: there is no log.jsonl")
     return found
-
-
-def has_key() -> bool:
-    """Whether W&B would let this user in."""
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    known = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
-    return bool(os.environ.get("WANDB_API_KEY")) or known
 
 
 def replay(folder: Path, *, project: str | None, entity: str | None, mode: str) -> str:

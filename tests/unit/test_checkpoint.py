@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -94,6 +92,6 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     path = tmp_path / "step-00000001.pt"
     torch.save({"model": Evil()}, path)
     record = {"step": 1, "config_hash": "abc", "sha256": checkpoint.digest(path)}
-    path.with_suffix(".json").write_text(json.dumps(record))
+    checkpoint.write_json(path.with_suffix(".json"), record)
     with pytest.raises(UserError, match="can be read"):
         load(tmp_path)

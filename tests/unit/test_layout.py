@@ -22,16 +22,20 @@ ALLOWED = {
     "cifar_models": set(),
     "layers": set(),
     "initial": {"errors"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "heartbeat"},
+    "heartbeat": set(),
+    "failure": {"lock"},
+    "tracking": {"config"},
     "checkpoint": {"errors"},
     "lock": {"errors"},
     "signals": set(),
-    "log": {"config"},
+    "log": {"config", "tracking"},
     "ledger": {"errors"},
     "objective": {"config", "config_optim", "distributed", "errors", "models", "optim"},
     "evaluate": {"config", "data", "distributed"},
 }
 NO_TORCH = {"errors", "config", "config_log", "config_optim", "ledger", "cli", "paper", "signals", "lock", "log"}
+NO_TORCH |= {"tracking", "failure"}
 
 
 def imports(path: Path, *, lazy: bool) -> set[str]:
