@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sam_repro.errors import UserError
-from sam_repro.heartbeat import Heart, RankLost, Waits, first_line, open_store
+from sam_repro.heartbeat import Heart, RankLost, Waits, attempt, first_line, open_store
 
 # The heartbeat notices a lost rank first and says which; this is for where it cannot.
 MARGIN = timedelta(minutes=2)
@@ -164,7 +164,9 @@ def init_ranks(device: str, timeout_minutes: float = 10) -> Ranks:
         backend = "nccl" if where.type == "cuda" else "gloo"
         limit = timedelta(minutes=timeout_minutes)
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit + MARGIN)
+            store = next(iter(dist.rendezvous("env://", rank, world, timeout=limit)))[0]
+            store = dist.PrefixStore(attempt(), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit + MARGIN)
             heart = Heart(open_store(), rank=rank, world=world, limit=limit.total_seconds())
         except RuntimeError as error:
             meeting = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"

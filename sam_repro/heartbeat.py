@@ -116,9 +116,9 @@ class Heart:
             self.store.set(f"beat/{self.rank}", json.dumps(self.me | {"beat": -1, "last": sentence, "code": code}))
 
     def why(self, error: Exception) -> RankLost:
-        """What to say of a collective that failed: what a peer said last, within a beat or two, else the error."""
+        """What to say of a collective that failed: what a peer said before it left, else the error."""
         self.stop()
-        for _ in range(int(2 * BEAT / 0.5)):
+        for _ in range(4):
             lost = self.look()
             if lost:
                 return lost
@@ -172,17 +172,19 @@ class Waits:
         return sum(seconds) / len(seconds) if seconds else 0.0
 
 
-def open_store(timeout: float = 60.0) -> dist.Store:
-    """A connection of our own to the store at MASTER_ADDR:MASTER_PORT, so that no call of the group's can block it.
+def attempt() -> str:
+    """A prefix for the store's keys: torchrun's store outlives the ranks, and with them what they wrote there."""
+    return f"sam-repro/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
-    Keys carry torchrun's restart number: its store outlives the ranks.
-    """
+
+def open_store(timeout: float = 60.0) -> dist.Store:
+    """A connection of our own to the store at MASTER_ADDR:MASTER_PORT, so that no call of the group's can block it."""
     env = os.environ
     address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    return dist.PrefixStore(f"sam-repro/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"{attempt()}/heart", store)
 
 
 def first_line(error: Exception) -> str:
     """An exception's first line; the others are a stack trace in C++."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
