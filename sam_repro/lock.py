@@ -83,9 +83,7 @@ class RunLock:
 
     def refuse(self, holder: str) -> None:
         """Somebody else works here."""
-        raise Held(
-            f"another process is at work in {self.path.parent} ({holder}); if it is not, remove {self.path}"
-        )
+        raise Held(f"another process is at work in {self.path.parent} ({holder}); if it is not, remove {self.path}")
 
     def beat(self) -> None:
         """Touch the file until released."""
