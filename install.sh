@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make a virtual environment with the project in it: `./install.sh [folder]`, by default .venv.
-# FFCV compiles against OpenCV and libjpeg-turbo. Where apt may be used (root, or sudo without a password) they are
-# installed; where not, one line says what to run, and the project works with its torch loader.
+# FFCV compiles against OpenCV and libjpeg-turbo, our own decoder of crops (sam_repro/data/jpeg.c) against the latter. Where
+# apt may be used (root, or sudo without a password) they are installed; where not, one line says what to run, and the
+# project works with its torch loader and OpenCV's decoder.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv=${1:-.venv}
@@ -20,11 +21,11 @@ if [ "$(id -u)" != 0 ]; then
   as_root='sudo -n'
   sudo -n true 2> /dev/null || as_root=no
 fi
-packages=(g++ pkg-config libturbojpeg0-dev libopencv-dev)
+packages=(g++ pkg-config libturbojpeg0-dev libopencv-dev libjpeg-dev)
 "$python" -c 'import ensurepip, venv' 2> /dev/null || packages+=("python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv")
 libraries() { command -v g++ > /dev/null && pkg-config --exists opencv4 libturbojpeg 2> /dev/null; }
 
-if ! libraries || [ "${#packages[@]}" -gt 4 ]; then
+if ! libraries || [ "${#packages[@]}" -gt 5 ]; then
   if [ "$as_root" != no ] && command -v apt-get > /dev/null; then
     echo "Installing system libraries for FFCV: ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive

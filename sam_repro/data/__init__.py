@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.data import native
 from sam_repro.data.batches import worker_count
 from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.crop import PAD, Geometry, evaluation_geometry, training_geometry
@@ -163,6 +164,8 @@ def build_loader(
             raise UserError(f"data.backend=memory is impossible: {why_not}")
     if training:
         reason = where if decoder else f"{reason}; {where}"
+        if not decoder and native.load():
+            reason += f"; whole images instead of crops, since {native.load()}"
     more = {"workers": threads, "device": device, "magnitude": magnitude}
     loader = _loader(source, plan, geometry, ffcv=backend == "ffcv", decoder=decoder, **more)
     loader.reason = reason

@@ -282,11 +282,16 @@ def render(image, out, geometry, seed, epoch, index):
 
     image: uint8 [H, W, 3], C-contiguous; out: uint8 [size, size, 3], overwritten.
     """
-    height, width, size = image.shape[0], image.shape[1], geometry.size
-    top, left, h, w, flip = crop_box(seed, epoch, index, height, width, geometry)
-    target, shift_y, shift_x = out, top, left
+    top, left, h, w, flip = crop_box(seed, epoch, index, image.shape[0], image.shape[1], geometry)
+    render_box(image, top, left, h, w, flip, out, geometry)
+
+
+@njit(cache=True, nogil=True)
+def render_box(image, top, left, h, w, flip, out, geometry):
+    """`render` with the outcome of crop_box: only the box is looked at, unless the mode is PAD."""
+    size, target, shift_y, shift_x = geometry.size, out, top, left
     if geometry.mode == PAD:
-        top, left, h, w = 0, 0, height, width
+        top, left, h, w = 0, 0, image.shape[0], image.shape[1]
         target = np.empty_like(out)
     rows, columns = axes(h, w, geometry)
     # One call: each further one, with constants for arguments, would be compiled for itself.

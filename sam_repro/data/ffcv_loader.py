@@ -1,35 +1,31 @@
-"""The loader with FFCV: its Loader, iterator thread, page-cache reader and JPEG decoder, and our kernels.
+"""The loader with FFCV: its Loader, iterator thread and page-cache reader, and our kernels.
 
 This is the only file that imports ffcv. FFCV 1.0.2 compiles Python that it generates anew for every loader (7 to 15
 seconds) and hangs when its thread fails. Here the generated code is one plain call: the decoding operation hands a
 batch to threads that run one kernel, compiled once a machine, and returns the unfinished tasks. So nothing is
 compiled for a loader, no numba threading layer is involved (two loaders at once abort on one of them), and what a
-task raises reaches the consumer.
+task raises reaches the consumer. FFCV's decoder (whole images, inexact transform) is not used: see data/jpeg.c.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from queue import Empty
 from unittest.mock import patch
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
-from numba import njit, types
 from torch import Tensor
 
-from sam_repro.data.augment import rand_augment
 from sam_repro.data.batches import AHEAD, empty_batch, start_batch, upload
 from sam_repro.data.beton import fits_page_cache
-from sam_repro.data.crop import Geometry, render
+from sam_repro.data.crop import Geometry
 from sam_repro.data.datasets import BetonSource
+from sam_repro.data.fill import Filler
 from sam_repro.data.order import Plan
 
 # Importing ffcv compiles a typed dictionary of two constants (5 seconds; a plain one does as well), and sets the thread
@@ -37,7 +33,6 @@ from sam_repro.data.order import Plan
 _threads = torch.get_num_threads(), numba.get_num_threads()
 with patch("numba.typed.Dict", dict):
     from ffcv.fields.decoders import SimpleRGBImageDecoder
-    from ffcv.libffcv import ctypes_imdecode
     from ffcv.loader import Loader as FFCVNativeLoader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
@@ -52,55 +47,6 @@ def _remember_threads(count: int) -> None:
 
 
 Compiler.set_num_threads = _remember_threads
-
-# By name, so that the kernel below can be cached on disk: an address could not.
-llvmlite.binding.add_symbol("sam_repro_ffcv_imdecode", ctypes.cast(ctypes_imdecode, ctypes.c_void_p).value)
-_imdecode = types.ExternalFunction(
-    "sam_repro_ffcv_imdecode",
-    types.int32(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8),
-)
-_pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.uint64, types.int64))
-
-
-@njit(cache=True, nogil=True)
-def _decode_and_render(
-    memory,
-    descriptor,
-    buffer,
-    scratch,
-    pointers,
-    sizes,
-    heights,
-    widths,
-    raw,
-    indices,
-    out,
-    geometry,
-    seed,
-    epoch,
-    failed,
-):
-    """Decode and render the samples `indices` into `out`; failed[k] is true where the decoder had a complaint.
-
-    memory: uint8, the mapped file; with descriptor >= 0 the JPEG is read from that file into `buffer` instead.
-    scratch: uint8, room for the largest image. One call a thread at a time uses `buffer` and `scratch`.
-    """
-    for k in range(len(indices)):
-        i = indices[k]
-        h, w, size = heights[i], widths[i], sizes[i]
-        address = memory.ctypes.data + pointers[i]
-        if descriptor >= 0:
-            address = buffer.ctypes.data
-            if _pread(descriptor, address, size, pointers[i]) != size:
-                failed[k] = True
-                continue
-        if raw[i]:
-            pixels = memory[pointers[i] : pointers[i] + size] if descriptor < 0 else buffer[:size]
-            render(pixels.reshape(h, w, 3), out[k], geometry, seed, epoch, i)
-            continue
-        failed[k] = _imdecode(address, size, h, w, scratch.ctypes.data, h, w, 0, 0, 1, 1, 0, 0) != 0
-        if not failed[k]:
-            render(scratch[: 3 * h * w].reshape(h, w, 3), out[k], geometry, seed, epoch, i)
 
 
 class _Decode(SimpleRGBImageDecoder):
@@ -130,6 +76,10 @@ class _PageCache(OSCacheManager):
         self.reader, self.ptrs, self.sizes = reader, None, None
         self.context = OSCacheContext(self)
 
+    def compile_reader(self) -> Callable:
+        """Nothing reads through it. FFCV's own makes numba's type of byte arrays read-only for the whole process."""
+        return lambda address, storage: None
+
 
 class FFCVLoader:
     """Batches of a .beton file (see the Loader protocol)."""
@@ -148,10 +98,9 @@ class FFCVLoader:
         magnitude: int = 0,
     ) -> None:
         self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
-        self.magnitude = magnitude  # of RandAugment
+        self.fill = Filler(source, geometry, plan.seed, magnitude)
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self.scratch = threading.local()
         file = source.file
         self.direct = not fits_page_cache(file.path)
         if self.direct:
@@ -203,38 +152,10 @@ class FFCVLoader:
         images = empty_batch(len(indices), self.geometry.size, self.device)
 
         def fill(part: np.ndarray, out: np.ndarray, epoch: int) -> None:
-            self._fill(part, out, epoch, memory)
+            self.fill(part, out, epoch, memory[:0] if self.direct else memory)
 
         tasks = start_batch(self.pool, fill, indices, images.numpy(), epoch)
         return tasks, images, torch.from_numpy(self.source.labels[indices])
-
-    def _fill(self, indices: np.ndarray, out: np.ndarray, epoch: int, memory: np.ndarray) -> None:
-        file = self.source.file
-        if not hasattr(self.scratch, "image"):
-            self.scratch.image = np.empty(3 * int((file.heights * file.widths).max()), np.uint8)
-            self.scratch.jpeg = np.empty(int(file.sizes.max()), np.uint8)
-        failed = np.zeros(len(indices), np.bool_)
-        for index in indices[~file.checked[indices]]:
-            file.sample(index)
-        tables = file.pointers, file.sizes, file.heights, file.widths, file.raw
-        _decode_and_render(
-            memory,
-            file.descriptor if self.direct else -1,
-            self.scratch.jpeg,
-            self.scratch.image,
-            *tables,
-            indices,
-            out,
-            self.geometry,
-            self.plan.seed,
-            epoch,
-            failed,
-        )
-        for k in np.flatnonzero(failed):  # a warning or an error: OpenCV decides, and names the sample
-            render(self.source.read(indices[k]), out[k], self.geometry, self.plan.seed, epoch, indices[k])
-        if self.magnitude:
-            for index, target in zip(indices, out, strict=True):
-                rand_augment(target, self.magnitude, seed=self.plan.seed, epoch=epoch, index=index)
 
 
 def _next(iterator: EpochIterator) -> tuple | None:

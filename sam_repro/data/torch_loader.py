@@ -1,4 +1,4 @@
-"""The loader without FFCV: threads of this process decode with OpenCV and render with our kernels."""
+"""The loader without FFCV: threads of this process read, decode and render with our kernels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sam_repro.data.augment import rand_augment
 from sam_repro.data.batches import AHEAD, empty_batch, start_batch, upload
-from sam_repro.data.crop import Geometry, render
+from sam_repro.data.crop import Geometry
 from sam_repro.data.datasets import Source
+from sam_repro.data.fill import Filler
 from sam_repro.data.order import Plan
 
 
@@ -34,7 +33,7 @@ class TorchLoader:
         magnitude: int = 0,
     ) -> None:
         self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
-        self.magnitude = magnitude  # of RandAugment
+        self.fill = Filler(source, geometry, plan.seed, magnitude)
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
@@ -55,7 +54,7 @@ class TorchLoader:
         try:
             for indices in self.plan.batches(epoch, start):
                 images = empty_batch(len(indices), self.geometry.size, self.device)
-                tasks = start_batch(self.pool, self._fill, indices, images.numpy(), epoch)
+                tasks = start_batch(self.pool, self.fill, indices, images.numpy(), epoch)
                 pending.append((tasks, images, torch.from_numpy(self.source.labels[indices])))
                 if len(pending) > AHEAD:
                     yield self._finish(pending)
@@ -71,9 +70,3 @@ class TorchLoader:
             task.result()
         _, images, labels = pending.popleft()
         return images, labels
-
-    def _fill(self, indices: np.ndarray, out: np.ndarray, epoch: int) -> None:
-        for index, target in zip(indices, out, strict=True):
-            render(self.source.read(index), target, self.geometry, self.plan.seed, epoch, index)
-            if self.magnitude:
-                rand_augment(target, self.magnitude, seed=self.plan.seed, epoch=epoch, index=index)
