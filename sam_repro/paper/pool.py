@@ -29,7 +29,7 @@ SHARING = "SAM_REPRO_SHARING"  # how many runs share this one's GPU; sam_repro.t
 class Worker:
     """A process of sam_repro.paper.worker on one GPU."""
 
-    def __init__(self, number: int, gpu: str, sharing: int, threads: int, log: Path):
+    def __init__(self, gpu: str, sharing: int, threads: int, log: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
         # One worker's share of the cores, for arithmetic and for compiling.
         shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
@@ -120,7 +120,7 @@ class Pool:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        bad = {status for status in self.outcomes.values()} & {"failed", "died", "diverged"}
+        bad = set(self.outcomes.values()) & {"failed", "died", "diverged"}
         self.say(self.tally())
         if self.stopped_by is not None:
             return 128 + self.stopped_by
@@ -156,7 +156,7 @@ class Pool:
         while (r := self.take()) is not None:
             if worker is None:
                 log = Path(r.config.log.runs_dir) / "pool" / f"worker-{number}.log"
-                worker = Worker(number, self.slots[number], self.per_gpu, self.threads, log)
+                worker = Worker(self.slots[number], self.per_gpu, self.threads, log)
                 self.workers[number] = worker
             answer = worker.do({"overrides": list(r.overrides), "ledger": str(self.ledger_dir or "")})
             if answer["status"] in ("died", "stopped"):
