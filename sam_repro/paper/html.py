@@ -44,6 +44,11 @@ input[type=search] { font: inherit; padding: .45rem .7rem; width: min(24rem, 100
 svg { display: block; width: 100%; } svg text { font: 10px system-ui, sans-serif; fill: var(--soft); }
 polyline { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
 polyline.second { stroke: var(--two); } .axis { fill: none; stroke: var(--line); }
+@media (max-width: 40rem) { th, td { padding: .3rem .45rem; } td.left { white-space: normal; }
+  th:first-child, td:first-child { min-width: 4.6rem; } td.left .tag { margin: 0 .3rem 0 0; }
+  .wide td:first-child { min-width: 46vw; } ul { padding-left: 1.1rem; } }
+.scroll { background: linear-gradient(var(--paper), var(--paper)) right / 1rem 100% no-repeat local,
+  linear-gradient(to left, var(--line), transparent 1rem) right / 1rem 100% no-repeat scroll; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--tint); padding: .6rem .8rem;
   border-radius: .4rem; font-size: .8rem; }
 """
@@ -87,7 +92,11 @@ def linked(method: str, link: str) -> str:
 
 def notes(s: Sheet) -> str:
     """Order of methods, footnotes and provenance."""
-    return "<ul>" + "".join(f"<li>{escape(n)}</li>\n" for n in (*s.orders, *s.footnotes, *s.provenance)) + "</ul>\n"
+    judged = [order for order in s.orders if not order.endswith(": pending")]
+    waiting = len(s.orders) - len(judged)
+    left = [f"{waiting} comparison{'s' * (waiting > 1)} of one method with another pending"] if waiting else []
+    lines = (*judged, *left, *s.footnotes, *s.provenance)
+    return "<ul>" + "".join(f"<li>{escape(n)}</li>\n" for n in lines) + "</ul>\n"
 
 
 def cell(text: str, *, left: bool = False) -> str:

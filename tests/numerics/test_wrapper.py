@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import gradient_of, quadratic, vector
 from torch import nn
 from torch.testing import assert_close
@@ -532,6 +534,45 @@ def test_q3_q15_ddp_with_and_without_perturbation_per_rank():
         assert results[rank].pop("local gradient") == SHARDS[rank][0].tolist()  # Q15
         for name, values in expected.items():
             assert results[rank][name] == pytest.approx(values, abs=1e-9), name
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+GROUPS = st.lists(
+    st.tuples(st.floats(0, 1), st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=3)),
+    min_size=1, max_size=3,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(GROUPS, st.sampled_from([torch.float32, torch.float64]), st.booleans())
+def test_groups_with_their_own_radius_unreached_parameters_and_single_numbers(groups, dtype, zero):
+    """eps_i = rho_group g_i / ||g||, one norm over all; without a gradient nothing moves; weights come back bitwise."""
+    torch.manual_seed(0)
+    made = [(rho, [(nn.Parameter(torch.randn((2,) * n, dtype=dtype)), r) for n, r in ps]) for rho, ps in groups]
+    reached = [p for _, ps in made for p, r in ps if r]
+    opt = SAM([{"params": [p for p, _ in ps], "rho": rho} for rho, ps in made], torch.optim.SGD, lr=0.1)
+    if not reached:
+        with pytest.raises(ValueError, match="found no gradient"):
+            opt.first_step()
+        return
+    before = {p: p.detach().clone() for _, ps in made for p, _ in ps}
+    for p in reached:
+        p.grad = torch.zeros_like(p) if zero else torch.randn_like(p)
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in reached))
+    grads = {p: p.grad.clone() for p in reached}
+    opt.first_step()
+    for rho, ps in made:
+        for p, r in ps:
+            eps = rho * grads[p] / norm if r and norm else torch.zeros_like(p)
+            assert_close(p.detach() - before[p], eps, rtol=1e-4, atol=1e-6)
+    for p in reached:
+        p.grad = torch.ones_like(p)
+    opt.combine_grads()
+    assert all(torch.equal(p, w) for p, w in before.items())
+    opt.step()
+    for p, w in before.items():
+        assert torch.equal(p, w - 0.1) if p in grads else torch.equal(p, w)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

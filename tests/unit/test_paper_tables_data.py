@@ -44,6 +44,13 @@ def test_the_gains_that_the_text_claims_follow_from_table_1() -> None:
     assert [gain("mixer_b32/gsam", "mixer_b32/sam", c) for c in ("val", "r", "c")] == [1.2, 5.1, 5.9]
 
 
+@pytest.mark.parametrize("name", ["table3", "eigen_vit"])
+def test_transfer_is_seen_at_the_resolution_of_the_pretraining(name: str) -> None:
+    for row in load_table(name).rows:
+        for r in runs_of(load_table(name), row, seeds=1):
+            assert (r.config.data.image_size, r.config.data.mean) == (224, [0.5, 0.5, 0.5]), r.run_id
+
+
 def test_the_means_that_table_3_prints_follow_from_its_cells() -> None:
     rows = load_table("table3").rows
     means = {}
