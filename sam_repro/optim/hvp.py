@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -104,14 +105,12 @@ class Hessian:
 
     def __call__(self, v: Tensor) -> Tensor:
         """H v, a new flat vector, equal on all ranks."""
-        self.products += 1
         vs = self.unflatten(v)
         with self._arithmetic():
-            if self.mode == "forward":
-                parts = ((self.tangent(vs, batch), len(batch[0])) for batch in self.batches)
-            else:
-                parts = ((self._backward(leaves, g, vs), n) for leaves, g, n in self._graphs())
-            return self._mean(parts, length=self.size)
+            if self.compiled and not self.products:
+                self._try_compiler(vs)
+            self.products += 1
+            return self._mean(self._parts(vs), length=self.size)
 
     def loss(self, point: Sequence[Tensor] | None = None) -> Tensor:
         """The mean loss over the same images in the same arithmetic, at these or other weights (one tensor a name)."""
@@ -162,6 +161,23 @@ class Hessian:
 
     def _loss(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
         return self.objective(dict(zip(self.params, leaves, strict=True)), *batch)
+
+    def _parts(self, vs: list[Tensor]) -> Iterator[tuple[Sequence[Tensor], int]]:
+        """(H_b v, number of images) of every batch."""
+        if self.mode == "forward":
+            return ((self.tangent(vs, batch), len(batch[0])) for batch in self.batches)
+        return ((self._backward(leaves, g, vs), n) for leaves, g, n in self._graphs())
+
+    def _try_compiler(self, vs: list[Tensor]) -> None:
+        """One batch, before any reduction: where the compiler fails on a model, a run goes on with plain code."""
+        try:
+            next(self._parts(vs), None)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of whatever kind the compiler's parts raise
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"products with the Hessian run uncompiled: {reason}", stacklevel=3)
+            self.compiled, self.tangent, self.differentiate = False, self._tangent, self._gradient
 
     def _graphs(self) -> Iterator[tuple[list[Tensor], Sequence[Tensor], int]]:
         """(weights, differentiable gradient, number of images) of every batch; remembered where `keep` says so."""

@@ -118,6 +118,20 @@ def test_compiled_products_equal_dense_hessian_at_two_points(mode, traced):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_compiler_that_fails_costs_a_warning(mode, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no code for this machine")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    model, (x, y) = network(), data(16)
+    hessian = Hessian(objective_of(model), dict(model.named_parameters()), [(x, y)], mode=mode, compiled=True)
+    v = torch.randn(hessian.size, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="uncompiled.*no code for this machine"):
+        product = hessian(v)
+    assert_close(product, dense_hessian(model, x, y) @ v, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_q13_ranks_sum_to_the_single_process(mode):
     """Rank 0 has 16 images, rank 1 has 7, in batches of 5: one all-reduce of sums and counts."""
     model, (x, y) = network(), data()
