@@ -57,6 +57,17 @@ def _nvimgcodec(jpegs: list[Buffer], device: torch.device) -> list[Tensor]:
 DECODERS: dict[str, Decode] = {"torchcodec": _torchcodec, "torchvision": _torchvision, "nvimgcodec": _nvimgcodec}
 
 
+def components(jpeg: Buffer) -> int:
+    """Colour components in the frame header of a JPEG: 1 grey, 3 colour, 4 CMYK; 0 where there is no such header."""
+    at = 2
+    while at + 9 < len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return jpeg[at + 9]
+        at += 1 if marker == 0xFF else 2 + (jpeg[at + 2] << 8 | jpeg[at + 3])
+    return 0
+
+
 @functools.cache
 def find_decoder(device: torch.device) -> tuple[str, str]:
     """(name of the decoder that works on `device`, '') or ('', why none does)."""

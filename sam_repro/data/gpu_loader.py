@@ -20,7 +20,7 @@ from sam_repro.data.batches import AHEAD, CHUNK
 from sam_repro.data.crop import Geometry
 from sam_repro.data.datasets import Buffer, Source
 from sam_repro.data.gpu_crop import crop_batch, taps_of
-from sam_repro.data.gpu_decode import Decode
+from sam_repro.data.gpu_decode import Decode, components
 from sam_repro.data.order import Plan
 
 PART = 128  # images a decoder call: enough for every engine, and few enough that the first batch comes soon
@@ -81,8 +81,15 @@ class GPULoader:
 
     def _read(self, indices: np.ndarray) -> list[Buffer | np.ndarray]:
         """The JPEG of each sample, or its pixels [H, W, 3] where the GPU cannot decode it."""
-        jpegs = [None if self.refused[i] else self.source.encoded(i) for i in indices]
-        return [self.source.read(i) if jpeg is None else jpeg for i, jpeg in zip(indices, jpegs, strict=True)]
+        items: list[Buffer | np.ndarray] = []
+        for index in indices:
+            jpeg = None if self.refused[index] else self.source.encoded(index)
+            if jpeg is None or components(jpeg) not in (1, 3):  # decoders differ in what they make of CMYK
+                self.refused[index] = True
+                items.append(self.source.read(index))
+            else:
+                items.append(jpeg)
+        return items
 
     def _batch(
         self, lane: int, indices: np.ndarray, epoch: int, reads: list[Future], used: Any
