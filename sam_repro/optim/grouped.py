@@ -55,22 +55,7 @@ class GroupProduct(torch.autograd.Function):
         grouped = rows(dy, weight)
         dw = torch.bmm(grouped.transpose(1, 2), rows(x, weight))
         dx = dy @ weight[0] if shared(weight) else torch.bmm(grouped, weight).reshape(x.shape)
-        return dx, dw, column_sums(grouped).to(dw.dtype) if ctx.has_bias else None
-
-
-@torch.library.custom_op("sam_repro::column_sums", mutates_args=())
-def column_sums(x: Tensor) -> Tensor:
-    """(G, R, D) -> (G, D), the gradient of a bias. Opaque to the compiler, which would compute x anew to sum it."""
-    if x.is_cuda:
-        from sam_repro.optim.kernels import column_sums
-
-        return column_sums(x)
-    return x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@column_sums.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
+        return dx, dw, grouped.sum(1) if ctx.has_bias else None
 
 
 def shared(weight: Tensor) -> bool:

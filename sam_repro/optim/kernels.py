@@ -211,27 +211,3 @@ def combine(
         GROUPS=len(a), USE_G=g is not None, USE_P=g_p is not None, ADD=add,
         G_T=TYPES[some[0].dtype], BLOCK=BLOCK, ALIGNED=table.aligned,
     )  # fmt: skip
-
-
-@triton.jit
-def _column_sums(x, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for first in range(part * ROWS, rows, PARTS * ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        tile = tl.load(x + (group * rows + row[:, None]) * columns + column[None, :], mask, other=0.0)
-        total += tl.sum(tile.to(tl.float32), 0)
-    tl.store(out + (group * PARTS + part) * columns + column, total, column < columns)
-
-
-def column_sums(x: Tensor) -> Tensor:
-    """Sum over the rows of each group: (G, R, D) -> (G, D) fp32. Reads x once; the order of summation is fixed."""
-    groups, rows, columns = x.shape
-    parts = max(1, min(16, rows // 128))
-    out = x.new_empty(groups, parts, columns, dtype=torch.float32)
-    _column_sums[(groups, parts, triton.cdiv(columns, 128))](
-        x.contiguous(), out, rows, columns, ROWS=32, COLUMNS=128, PARTS=parts
-    )
-    return out.sum(1)
