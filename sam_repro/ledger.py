@@ -56,10 +56,14 @@ def read_ledger(ledger_dir: str | Path) -> list[Row]:
 
 
 def provenance() -> Row:
-    """Commit, dirty flag, versions and CPU of this process: what a number needs to be printed."""
+    """Commit, dirty flag, versions and CPU of this process: what a number needs to be printed.
+
+    SAM_REPRO_COMMIT names the commit of a tree that was copied without its history, as into a container.
+    """
+    told = os.environ.get("SAM_REPRO_COMMIT")
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": told or git("rev-parse", "HEAD") or "unknown",
+        "dirty": not told and bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES if version(p)},
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

@@ -96,20 +96,19 @@ class FusedStep(GradientStep):
         self._cast()
         if self.remembers and self.perturb.v is not None:  # pyright: ignore[reportOptionalMemberAccess]
             torch._foreach_copy_(self.v, self.perturb.v)  # pyright: ignore[reportOptionalMemberAccess]
-        after = [torch.zeros_like(b) for b in self.buffers.values()]
+        after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
         chunks = [batch] if self.batched else list(zip(*(t.split(m) for t in batch), strict=True))
         for i, chunk in enumerate(chunks):
             for slot, tensor in zip(self.slots, chunk, strict=True):
                 slot.copy_(tensor, non_blocking=True)
-            self._reset_buffers()
+            self._each(torch._foreach_copy_, self.work[0], self.buffers)
             if self.inline:
                 self._run("step", self._whole)
             else:
                 self._run("clean", self._clean)
                 self._look(rho, seed * 1_000_003 + self.rank * self.count + i)
                 self._run("robust", self._robust)
-            for total, b in zip(after, self.work[0].values(), strict=True):
-                total.add_(b)
+            self._each(torch._foreach_add_, after, self.work[0])
         self._keep_buffers(after, len(chunks))
         self._reduce()
         self._after_reduction()
@@ -130,10 +129,6 @@ class FusedStep(GradientStep):
                 strides = (w.numel(), *w.stride()) if lead else w.stride()
                 self.adversary.append(memory.as_strided((*lead, *w.shape), strides))
         self.work = [{n: b.clone() for n, b in self.buffers.items()} for _ in range(2)]
-
-    def _reset_buffers(self) -> None:
-        for name, b in self.buffers.items():
-            self.work[0][name].copy_(b)
 
     def _cast(self) -> None:
         """The weights in the dtype that products read."""

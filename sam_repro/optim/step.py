@@ -122,12 +122,11 @@ class GradientStep:
         if self.before is not None:
             self.before(*batch)
         self.flat.zero_()
-        after = [torch.zeros_like(b) for b in self.buffers.values()]
+        after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
         for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
             buffers = {name: b.clone() for name, b in self.buffers.items()}
             self._add_group(group, buffers, rho, seed * 1_000_003 + self.rank * groups + i, 1 / (groups * self.world))
-            for total, b in zip(after, buffers.values(), strict=True):
-                total.add_(b)
+            self._each(torch._foreach_add_, after, buffers)
         self._keep_buffers(after, groups)
         self._reduce()
         self._after_reduction()
@@ -164,10 +163,18 @@ class GradientStep:
         parts = {"perturb": self.perturb, "before": self.before}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
-    def _keep_buffers(self, totals: Tensors, groups: int) -> None:
+    def _keep_buffers(self, totals: dict[str, Tensor], groups: int) -> None:
         """The running statistics become the mean of what each group alone would have left."""
-        for b, total in zip(self.buffers.values(), totals, strict=True):
-            b.copy_(total / groups if b.is_floating_point() else total // groups)
+        if groups > 1:
+            for total in totals.values():
+                total.div_(groups) if total.is_floating_point() else total.floor_divide_(groups)
+        self._each(torch._foreach_copy_, self.buffers, totals)
+
+    def _each(self, operation: Callable, out: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+        """out (operation) other for all running statistics: a launch or two a dtype instead of one a tensor."""
+        for dtype in dict.fromkeys(b.dtype for b in self.buffers.values()):
+            names = [name for name, b in self.buffers.items() if b.dtype == dtype]
+            operation([out[name] for name in names], [other[name] for name in names])
 
     def _reduce(self) -> None:
         """Sum gradient and metrics over the ranks: one reduction, or a rounded one and a small one for the metrics."""

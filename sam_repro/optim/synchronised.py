@@ -57,15 +57,14 @@ class GlobalStep(GradientStep):
             raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
         groups, weight = size // m, m / (size * self.world)
         self.flat.zero_()
-        after = [torch.zeros_like(b) for b in self.buffers.values()]
+        after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
         for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
             buffers = {name: b.clone() for name, b in self.buffers.items()}
             number = seed * 1_000_003 + self.rank * groups + i
             loss, g = self._grad(params, buffers, group, number)
             torch._foreach_add_(self.views, g, alpha=weight)
             self.metrics[0] += weight * loss
-            for total, b in zip(after, buffers.values(), strict=True):
-                total.add_(b)
+            self._each(torch._foreach_add_, after, buffers)
         if keep:
             self._keep_buffers(after, groups)
         self._reduce()
