@@ -70,7 +70,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help="compile everything, so that a later start finds it cached")
     parser.add_argument("--profile", metavar="PARTY", help="print the kernels of one party")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="print stored results, measure nothing")
     return parser.parse_args()
 
 
@@ -302,34 +301,8 @@ def profile(party: Party) -> None:
         print(f"  {k.device_time_total / 3e3:7.3f} ms  {k.count // 3:5d} x  {k.key[:110]}", flush=True)
 
 
-def show(paths: list[Path]) -> str:
-    """The Markdown table of stored results, one after the other, and where each comes from."""
-    lines = ["| model | party | ms a step | images/s | x floor | x ours-floor | peak GB | of the ceiling |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
-    sources: dict[str, list[str]] = {}
-    for result in (json.loads(path.read_text()) for path in paths):
-        for e in result["entries"]:
-            party = e["method"] + (f", m = {e['m']}" if e["method"] in ("gsam", "sam") else "")
-            cells = [e["model"], party, f"{1e3 * e['seconds']:.1f}", f"{e['images_per_second']:.0f}"]
-            cells += [f"{e[k]:.3f}" if k in e else "" for k in ("over_floor", "over_ours-floor")]
-            cells += [f"{e['peak_bytes'] / 1e9:.1f}"]
-            cells += [f"{100 * e['ceiling_share']:.1f} %" if "ceiling_share" in e else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-        versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("python", "torch", "timm"))
-        source = f"{result['hardware']}, batch {result['batch']} at 224 px, bf16, compiled; {versions}; commit "
-        source += f"{result['commit'][:8]}; median of {result['rounds']} rounds of {result['steps']} steps"
-        models = "/".join(dict.fromkeys(e["model"] for e in result["entries"]))
-        sources.setdefault(source, []).append(f"{result['matmul_tflops']:.0f} TFLOP/s ({models})")
-    for source, ceilings in sources.items():
-        lines += ["", f"{source}. Ceiling: an 8192^3 bf16 product in the same process, {', '.join(ceilings)}."]
-    return "\n".join(lines)
-
-
 def main() -> None:
     args = arguments()
-    if args.show:
-        print(show(args.show))
-        return
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True

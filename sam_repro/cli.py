@@ -22,6 +22,7 @@ COMMANDS = {
     "table": ("sam_repro.paper.tables", "ours beside the paper's numbers, with intervals and verdicts"),
     "figures": ("sam_repro.paper.figures", "draw a table's curves"),
     "estimate": ("sam_repro.paper.estimate", "what a table costs, from measured speeds"),
+    "speed": ("sam_repro.paper.speed", "what a step costs, model by model, from results/benchmarks/"),
     "status": ("sam_repro.paper.status", "runs done, at work and missing, table by table"),
     "sharpness": (
         "sam_repro.sharpness.command",

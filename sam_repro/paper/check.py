@@ -10,7 +10,8 @@ that results/README.md and results/index.html are what `sam-repro report` makes 
     ...
     <!-- sam-repro end -->
 
-in README.md, docs/ and results/ are what that command prints. Numbers belong in such blocks; nobody edits them.
+in README.md, docs/ and benchmarks/ are what that command prints (`speed`, of the measured speeds, likewise). Numbers
+belong in such blocks; nobody edits them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from pathlib import Path
 from sam_repro.config import compose_config
 from sam_repro.errors import UserError
 from sam_repro.ledger import read_row
+from sam_repro.paper import speed
 from sam_repro.paper.claims import judged
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.report import Part, assemble, parts_of
 from sam_repro.paper.spec import load_table
 from sam_repro.paper.tables import FORMATS, render
 
-BLOCK = re.compile(r"(<!-- sam-repro table ([^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- sam-repro ((?:table|speed)[^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -102,19 +104,22 @@ def generated(root: Path) -> Iterator[tuple[Path, str]]:
     yield root / "results" / "index.html", assemble(parts)
     drawn = {path.stem for path in (root / "results" / "figures").glob("*.svg")}
     yield root / "results" / "README.md", overview(parts, drawn)
-    for path in sorted([root / "README.md", *(root / "docs").rglob("*.md")]):
+    for path in sorted([root / "README.md", *(root / "docs").rglob("*.md"), *(root / "benchmarks").glob("*.md")]):
         text = path.read_text() if path.is_file() else ""
         if BLOCK.search(text):
             yield path, BLOCK.sub(lambda block: block[1] + fill(block[2]) + block[4], text)
 
 
 def fill(command: str) -> str:
-    """What `sam-repro table <command>` prints."""
+    """What `sam-repro <command>` prints."""
+    name, *words = shlex.split(command)
+    if name == "speed":
+        return speed.table(speed.load()) + "\n"
     parser = ArgumentParser(prog="sam-repro table", exit_on_error=False)
     parser.add_argument("table")
     parser.add_argument("--format", choices=sorted(FORMATS), default="md")
     parser.add_argument("--ledger", type=Path)
-    args = parser.parse_args(shlex.split(command))
+    args = parser.parse_args(words)
     table = load_table(args.table)
     return render(table, outcomes(table, args.ledger), args.format)
 

@@ -1,0 +1,54 @@
+"""`sam-repro speed`: the table and the picture, from files as benchmarks/step.py writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sam_repro.cli import main
+from sam_repro.paper.check import fill
+from sam_repro.paper.speed import load, table
+
+
+def result(model: str, **seconds: float) -> dict:
+    entries = []
+    for name, value in seconds.items():
+        method, _, m = name.partition("_m")
+        entry = {"kind": "step", "model": model, "method": method.replace("_", "-"), "m": int(m or 512), "batch": 512}
+        entry |= {"seconds": value, "images_per_second": 512 / value, "peak_bytes": 10**10, "ceiling_share": 0.5}
+        entries.append(entry | {"over_floor": value / seconds["floor"]})
+    told = {"hardware": "NVIDIA X", "matmul_tflops": 700.0, "batch": 512, "rounds": 4, "steps": 6, "commit": "a" * 40}
+    return told | {"versions": {"torch": "2.0", "timm": "1.0"}, "entries": entries}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    first = result("vit", floor=0.2, ours_vanilla=0.1, vanilla=0.1, gsam_m512=0.21, gsam_m64=0.25, davda54=0.22)
+    (tmp_path / "a.json").write_text(json.dumps(first))
+    (tmp_path / "b.json").write_text(json.dumps(result("resnet", floor=0.4, gsam_m512=0.4)))
+    (tmp_path / "other.json").write_text(json.dumps({"forward": {}}))
+    return tmp_path
+
+
+def test_table_has_a_dash_for_what_was_not_run(folder: Path) -> None:
+    lines = table(load(folder)).splitlines()
+    assert lines[2] == "| vit | – | 5,120 | 50.0 % | 200.0 ms | 1.050 | 1.250 | 1.100 | – | +0.00 GB |"
+    assert lines[3] == "| resnet | – | – | – | 400.0 ms | 1.000 | – | – | – | – |"
+    assert "commit aaaaaaaa" in lines[-1] and "700 TFLOP/s for vit, 700 TFLOP/s for resnet" in lines[-1]
+
+
+def test_the_command_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speed", "--folder", str(folder), "--chart", str(folder / "speed")]) == 0
+    assert "| vit |" in capsys.readouterr().out
+    assert "davda54 SAM  +10.0" in (folder / "speed.svg").read_text()
+
+
+def test_nothing_measured_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speed", "--folder", str(tmp_path)]) == 2
+    assert "benchmarks/step.py" in capsys.readouterr().err
+
+
+def test_the_block_of_a_document_is_the_command() -> None:
+    assert fill("speed") == table(load()) + "\n"
