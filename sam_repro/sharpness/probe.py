@@ -35,4 +35,7 @@ def loss_hessian(cfg: Config, model: nn.Module, batches: list[Batch], ranks: Ran
         return loss(forward(tensors, images), labels)
 
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Hessian(objective, params, batches, all_reduce=ranks.sum_ if ranks.world > 1 else None)
+    # Over many batches both ways cost the same work, but a convolution's second backward pass is itself made of
+    # convolutions with kernels as large as the image, for which GPUs have no fast code.
+    mode = "forward" if cfg.model.family == "resnet" else "reverse"
+    return Hessian(objective, params, batches, all_reduce=ranks.sum_ if ranks.world > 1 else None, mode=mode)
