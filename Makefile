@@ -23,6 +23,10 @@ test: $(READY) ## the whole test suite that needs neither a GPU nor SLURM (under
 test-slow: $(READY) ## the tests that take minutes each
 	$(PYTHON) -m pytest -m slow
 
+test-slurm: $(READY) ## a two-node SLURM on this machine, and runs on it (as root; 7 minutes)
+	tests/slurm/install.sh
+	$(PYTHON) -m pytest -m slurm
+
 test-gpu: $(READY) ## the tests that need an NVIDIA GPU
 	$(PYTHON) -m pytest -m gpu
 
@@ -41,4 +45,4 @@ format: $(READY) ## let ruff rewrite the formatting
 clean: ## remove the environment and what runs left behind
 	rm -rf $(VENV) runs data
 
-.PHONY: help install demo test check test-slow test-gpu lint format clean
+.PHONY: help install demo test test-slurm check test-slow test-gpu lint format clean

@@ -6,10 +6,12 @@ SHA-256 of the .pt, and a seal on all that) is written last: a .pt without it is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -43,9 +45,12 @@ def save(run_dir: Path, state: dict[str, Any], *, step: int, config_hash: str, s
         record = {"step": step, "score": score, "config_hash": config_hash, "sha256": digest(temporary)}
         os.replace(temporary, path)
         write_json(path.with_suffix(".json"), record)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch.save says of a full disk that a position is unexpected
+        full = isinstance(error, RuntimeError) and shutil.disk_usage(run_dir).free < 2**20
         temporary.unlink(missing_ok=True)
-        raise UserError(f"could not save {path}: {error}; the checkpoints before it are intact") from error
+        why = os.strerror(errno.ENOSPC) if full else error
+        raise UserError(f"could not save {path}: {why}; the checkpoints before it are intact") from error
     prune(run_dir)
     return path
 

@@ -59,29 +59,6 @@ def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
     assert (run_dir / "log.jsonl").read_text() == before
 
 
-def test_killed_and_resumed_is_bitwise_an_undisturbed_run(tmp_path):
-    """Killed in the middle of an epoch, twice, the second time in the middle of a save."""
-    longer = [*TINY, "recipe.steps=20", "recipe.batch_size=32", "train.save_every_steps=3", "train.deterministic=true"]
-    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
-    quiet.mkdir(), killed.mkdir()
-    train(quiet, *longer)
-    for step in (4, 11):
-        process = start(killed, *longer)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(f"[{step}/20]"):
-                process.kill()
-        process.wait()
-    output = train(killed, *longer)
-    assert "resumed at step" in output
-    one, other = (only(w, "runs/tiny/vit*") for w in (quiet, killed))
-    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    timing = ("images_per_second", "step_seconds", "eta", "hours")
-    logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(d / "log.jsonl")] for d in (one, other)]
-    assert logs[0] == logs[1]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     longer = [*TINY, "recipe.steps=400", "train.log_every=5"]

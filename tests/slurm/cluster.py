@@ -20,7 +20,8 @@ MARK = "# sam-repro test cluster"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
-# Two slots of two CPUs a node whatever the machine has, and GPUs that are only names: the batch script asks for them.
+# Four CPUs a node whatever the machine has, and GPUs that are only names: the batch script asks for them. cred_expire
+# is how long SLURM waits before a requeued job starts again, 120 s by default.
 SLURM_CONF = """
 ClusterName=sam-repro-test
 SlurmctldHost={host}(127.0.0.1)
@@ -28,7 +29,7 @@ SlurmctldPort={ctld_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=8
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -41,7 +42,7 @@ TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
 SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,requeue_delay=1
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
