@@ -10,6 +10,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from sam_repro import failure
 from sam_repro.ledger import Row
@@ -57,7 +58,7 @@ def runs_of_part(part: Part) -> list[Run]:
     return list({r.run_id: r for o in part.found for r in o.runs}.values())
 
 
-def counts_of(part: Part, states: dict[str, tuple[str, str]]) -> dict[str, float]:
+def counts_of(part: Part, states: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """How many runs of a table are in which state, and the hours spent."""
     counts = Counter(states[r.run_id][0] for r in runs_of_part(part))
     hours = sum(row.get("hours", 0.0) for row in part.rows.values())
