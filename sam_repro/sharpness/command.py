@@ -254,10 +254,10 @@ def decay(args: Namespace, folder: Path) -> tuple[Numbers, Draw]:
         left, right = figure.subplots(1, 2)
         for key, label in (("cosine", "|cos| with today's"), ("quality", "v'Hv / λ")):
             left.plot(list(means), [mean[key] for mean in means.values()], marker="o", label=label)
-        youngest = min(ages)
-        right.plot(ages[youngest]["step"], ages[youngest]["cosine"])
+        usual = max(ages, key=lambda age: len(ages[age]["step"]))
+        right.plot(ages[usual]["step"], ages[usual]["cosine"], marker="o")
         left.set(title="Mean over training", xlabel="age of the eigenvector, steps", ylim=(0, 1.05))
-        right.set(title=f"|cos| after {youngest} steps", xlabel="training step", ylim=(0, 1.05))
+        right.set(title=f"|cos| after {usual} steps", xlabel="training step", ylim=(0, 1.05))
         left.legend(frameon=False)
 
     return {"run": folder.name, "ages": ages, "means": means}, draw
@@ -272,8 +272,8 @@ def aligned(args: Namespace, folder: Path) -> tuple[Numbers, Draw]:
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        left.plot(series["step"], series["alignment"])
-        right.plot(series["step"], series["lambda_max"])
+        left.plot(series["step"], series["alignment"], marker="o")
+        right.plot(series["step"], series["lambda_max"], marker="o")
         left.set(title="|cos(ε, v)|, mean over groups", xlabel="training step", ylim=(0, 1.02))
         right.set(title="λ_max", xlabel="training step")
 
