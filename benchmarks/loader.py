@@ -248,13 +248,17 @@ def show(path: Path) -> str:
     if alone:
         rate = {e["party"]: e["images_per_second"] for e in alone}
         core = {e["party"]: e["images_per_busy_core_second"] for e in alone}
-        lines = ["| loader | images/s | images/s a busy core | x torchvision | x FFCV | a core, x FFCV | first batch |"]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|"]
-        for name in rate:
-            against = [f"{rate[name] / rate[p]:.2f}" if p in rate else "" for p in ("torchvision", "ffcv")]
-            against.append(f"{core[name] / core['ffcv']:.2f}" if "ffcv" in core else "")
-            first = next(e["first_batch_seconds"] for e in alone if e["party"] == name)
-            cells = [name, f"{rate[name]:.0f}", f"{core[name]:.0f}", *against, f"{first:.1f} s"]
+        heads = ["loader", "images/s", "x torchvision", "x FFCV", "images/s a busy core", "x torchvision", "x FFCV"]
+        lines = [f"| {' | '.join([*heads, 'first batch'])} |", f"|---|{'--:|' * len(heads)}"]
+        for e in alone:
+            cells = [e["party"]]
+            for known in (rate, core):
+                own = known[e["party"]]
+                cells += [
+                    f"{own:.0f}",
+                    *(f"{own / known[p]:.2f}" if p in known else "" for p in ("torchvision", "ffcv")),
+                ]
+            cells.append(f"{e['first_batch_seconds']:.1f} s")
             lines.append(f"| {' | '.join(cells)} |")
     fed = [e for e in result["entries"] if e["kind"] == "fed"]
     if fed:
