@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 import numpy as np
+import psutil
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -41,11 +42,12 @@ from sam_repro.summary import curves, lag, model_card, rates, report
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
 
 
-def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
+def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None = None) -> ledger.Row:
     """Train, evaluate and write the ledger row of `cfg`; resume or return the row where there is one.
 
     Args:
         overrides: what was typed after train.py, for the row to say how the run is repeated.
+        born: when this process started, in seconds since 1970, to say how long the first step took; None is now.
 
     Returns:
         the ledger row: status "done" or "diverged", counts, curves, provenance.
@@ -55,6 +57,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
         Interrupted: after saving, on SIGTERM, SIGUSR2 or Ctrl-C.
     """
     # ---- setup -----------------------------------------------------------------------------------------------
+    born = born or time.time()
     validate(cfg)
     name, run_dir = run_id(cfg), Path(cfg.log.runs_dir) / run_id(cfg)
     row_path = ledger.row_path(cfg.log.ledger_dir, name)
@@ -121,6 +124,7 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
             counts = state["counts"] if done == total else {}
+        first = done
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
         for sentence in started + damaged:
             log.say(sentence)
@@ -187,6 +191,9 @@ def main(cfg: Config, overrides: list[str] | None = None) -> ledger.Row:
             step.correct_(lr)
             done, counted = done + 1, counted + 1
             log.step()
+            if done == first + 1:
+                totals.sum().item()  # wait for the device, this once
+                log.say(f"the first step was done after {time.time() - born:.0f} s")
             ranks.pulse(done)
 
             due = done % cfg.train.log_every == 0 or done == total
@@ -338,7 +345,8 @@ def cli() -> None:
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def run(cfg: DictConfig) -> None:
         task = list(HydraConfig.get().overrides.task)
-        statuses.append(main(typed(cfg), task)["status"])
+        born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
+        statuses.append(main(typed(cfg), task, born=born)["status"])
 
     try:
         run()

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Every GPU benchmark of this folder, in the order that wastes least of a short lease:
+#
+#   benchmarks/all.sh results/benchmarks [folder with the peers]        (IMAGES=photographs.zip adds the loaders)
+#
+# First everything is compiled, one process a model, side by side on all GPUs (nothing is timed). Then each model is
+# timed alone on a GPU, then what needs all GPUs. Every JSON is written piece by piece, and a part that fails or
+# outruns LIMIT (seconds, default 300) does not stop the next.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:?folder for the results}; peers=${2:+--peers $2}
+models=${MODELS:-vit_b32 resnet50 vit_b16 mixer_b16 mixer_b32 vit_s16}
+limit=${LIMIT:-300}
+gpus=$(nvidia-smi -L | wc -l)
+name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z' 'a-z' | grep -o '[abh][0-9]\+' | head -1)
+export PYTHONPATH=$PWD TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/.inductor}
+export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-8}
+mkdir -p "$out" "$out/logs"
+parts=${PARTS:-warm step scaling eigen curvature start loader}
+wanted() { [[ " $parts " == *" $1 "* ]]; }
+
+# run LOG COMMAND...: one part, its output in a log, its last lines here
+run() {
+  local log=$out/logs/$1.log; shift
+  timeout "$limit" "$@" > "$log" 2>&1 || echo "exit code $? from: $*"
+  grep -E ' ms |^\|| failed' "$log" | cut -c1-200
+}
+# on_gpus FUNCTION WORDS...: FUNCTION GPU WORD for every word, one after the other on each GPU, the GPUs side by side
+on_gpus() {
+  local function=$1 gpu; shift; local words=("$@")
+  for ((gpu = 0; gpu < gpus; gpu++)); do
+    (for ((i = gpu; i < ${#words[@]}; i += gpus)); do CUDA_VISIBLE_DEVICES=$gpu $function "${words[i]}"; done) &
+  done
+  wait
+}
+warm() { run "warm-$1" python3 benchmarks/step.py --models "$1" --warm --rounds 1 $peers \
+  --parties timm vanilla ours-vanilla gsam-m512 gsam-m64 juntang; }
+step() { run "step-$1" python3 benchmarks/step.py --models "$1" $peers --rounds 4 --output "$out/$name-step-$1.json"; }
+eigen() { run "eigen-$1" python3 benchmarks/eigen_cost.py --models "$1" --rounds 2 \
+  --kinds reverse-compiled reverse-compiled-tf32 --output "$out/$name-eigen-$1.json"; }
+curvature() { run "curvature-$1" python3 benchmarks/curvature.py --nets "$1" --images 128 --batch 128 --rounds 2 \
+  --output "$out/$name-curvature-$1.json"; }
+
+if wanted warm; then
+  i=0
+  for model in $models; do (CUDA_VISIBLE_DEVICES=$((i % gpus)) warm "$model" > /dev/null) & i=$((i + 1)); done
+  wait
+fi
+if wanted step; then on_gpus step $models; fi
+if wanted scaling; then
+  worlds=$(for n in 1 2 4 8; do [ $n -le "$gpus" ] && echo $n; done)
+  run scaling python3 benchmarks/scaling.py --gpus $worlds --parties vanilla gsam gsam-m64 --output "$out/$name-scaling.json"
+fi
+if wanted eigen; then on_gpus eigen vit_b32 resnet50; fi
+if wanted curvature; then on_gpus curvature resnet18_cifar vit_s16; fi
+if wanted start; then  # twice: the second finds everything compiled
+  for n in 1 2; do
+    rm -rf runs/profile
+    timeout "$limit" python3 train.py debug=profile model=vit_b32 recipe.batch_size=512 recipe.steps=2 log.progress=lines 2>&1 |
+      grep 'first step' | tee -a "$out/logs/start.log"
+  done
+fi
+if wanted loader && [ -n "${IMAGES:-}" ]; then
+  run loader python3 benchmarks/loader.py --images "$IMAGES" --end-to-end gsam-m512 gsam-m64 vanilla --output "$out/$name-loader.json"
+fi
