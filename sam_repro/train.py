@@ -124,7 +124,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
             counts = state["counts"] if done == total else {}
-        first = done
+        resumed_at: int = done
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
         for sentence in started + damaged:
             log.say(sentence)
@@ -191,7 +191,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             step.correct_(lr)
             done, counted = done + 1, counted + 1
             log.step()
-            if done == first + 1:
+            if done == resumed_at + 1:
                 totals.sum().item()  # wait for the device, this once
                 log.say(f"the first step was done after {time.time() - born:.0f} s")
             ranks.pulse(done)
