@@ -139,13 +139,14 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def init_ranks(device: str, timeout_minutes: float = 10) -> Ranks:
+def init_ranks(device: str, watch_minutes: float | None = None) -> Ranks:
     """Join the process group that torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS) started.
 
     A single process that neither started is a group of one and needs no environment.
 
     Args:
-        timeout_minutes: a rank that makes no progress for this long ends, and says for whom it waited.
+        watch_minutes: the ranks watch each other, and one that gets nowhere for this long ends and says for whom it
+            waited. For work that ends together, with finish(). None: only the process group's own time-out.
     """
     env = os.environ
     if "RANK" in env:
@@ -162,13 +163,14 @@ def init_ranks(device: str, timeout_minutes: float = 10) -> Ranks:
     where = pick_device(device, local_rank)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        limit = timedelta(minutes=timeout_minutes)
+        limit = timedelta(minutes=watch_minutes or 10)
         try:
             store = next(iter(dist.rendezvous("env://", rank, world, timeout=limit)))[0]
             store = dist.PrefixStore(attempt(), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit + MARGIN)
-            heart = Heart(open_store(), rank=rank, world=world, limit=limit.total_seconds())
-        except RuntimeError as error:
+            limits = {"rank": rank, "world": world, "limit": limit.total_seconds()}
+            heart = Heart(open_store(), **limits) if watch_minutes else None
+        except (RuntimeError, ValueError) as error:
             meeting = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
             raise RankLost(f"the {world} ranks did not meet at {meeting} ({first_line(error)})") from error
         return Ranks(rank, world, local_rank, local_world, where, heart)

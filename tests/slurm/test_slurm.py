@@ -141,10 +141,14 @@ def equal(a: Study, b: Study) -> bool:
 
 
 def test_an_array_of_four_runs(cluster, tmp_path):
+    """And a line of the plan that somebody wrote to have a command executed: it is a value and nothing else."""
     study = Study(cluster, tmp_path / "study", steps=10, seeds=2)
-    study.finish(study.submit("1-4"))
+    with open(study.folder / "slurm" / "plan.tsv", "a") as plan:
+        plan.write("evil\tdebug=tiny seed=$(touch${IFS}planted) `touch planted` ;touch planted\n")
+    study.finish(study.submit("1-5"))
+    assert not (study.folder / "planted").exists() and "touch" in study.logs()
     assert [row["status"] for row in study.rows()] == ["done"] * 4, study.logs()
-    assert len(list(study.folder.glob("slurm/logs/*.out"))) == 4
+    assert len(list(study.folder.glob("slurm/logs/*.out"))) == 5
     assert study.command("plan", "--missing") == ""
     assert "4" in study.command("status")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -47,6 +49,36 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     state, damaged = load(tmp_path)
     assert state is not None and state["step"] == 1
     assert len(damaged) == 1 and "step-00000002.pt is damaged" in damaged[0]
+
+
+@pytest.mark.parametrize("what", [".pt", ".json"])
+def test_fifty_lengths_and_fifty_flipped_bits(tmp_path, what):
+    """Whatever happened to the newest checkpoint's data or record, it is named, and the one before is used."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2).with_suffix(what)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for length in draw.sample(range(len(whole)), 50):
+        path.write_bytes(whole[:length])
+        expect_the_one_before(tmp_path)
+    for at in draw.sample(range(len(whole)), 50):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        expect_the_one_before(tmp_path)
+    path.write_bytes(whole)
+    state, damaged = load(tmp_path)
+    assert state is not None and state["step"] == 2 and not damaged
+
+
+def expect_the_one_before(folder):
+    state, damaged = load(folder)
+    assert state is not None and state["step"] == 1
+    assert len(damaged) == 1 and damaged[0].startswith("step-00000002.pt is damaged (")
+
+
+def test_a_record_that_is_json_but_no_record(tmp_path):
+    save(tmp_path, 1)
+    for text in ("[]", "null", "3", '{"seal": "x"}', "[" * 100_000):
+        save(tmp_path, 2).with_suffix(".json").write_text(text)
+        expect_the_one_before(tmp_path)
 
 
 def test_no_good_checkpoint_is_an_error(tmp_path):
