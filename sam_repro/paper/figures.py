@@ -183,6 +183,9 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
         ax.set_xlabel(table.figure.get("x_title", ""))
         if table.figure.get("log_x"):
             ax.set_xscale("log")
+            at = sorted({o.row.x for o in found if o.row.x is not None})
+            ax.set_xticks(at, [f"{x:g}" for x in at], minor=False)
+            ax.set_xticks([], minor=True)
         ends = []
         for name in series:
             points = sorted((o.row.x, cell_of(o, column)) for o in found if o.row.series == name)
