@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+BLOCK = 8  # basis vectors that are allocated together
 BREAKDOWN = 1e-2  # in units of the dtype's epsilon times ||T||: below it a residual is rounding
 
 
@@ -69,10 +70,8 @@ class Krylov:
     """
 
     def __init__(self, operator: Operator, start: Tensor, *, capacity: int, seed: int):
-        self.operator, self.seed = operator, seed
-        self.basis = torch.empty(
-            min(capacity, operator.size), operator.size, dtype=operator.dtype, device=operator.device
-        )
+        self.operator, self.seed, self.capacity = operator, seed, min(capacity, operator.size)
+        self.blocks: list[Tensor] = []  # of the basis, BLOCK rows each: memory grows with the products made
         self.alpha: list[float] = []
         self.beta: list[float] = []
         self.next: Tensor | None = start / start.norm()
@@ -87,7 +86,10 @@ class Krylov:
         k = self.steps
         if self.next is None:
             self.next = self._orthogonal(random_unit(self.operator, self.seed + k))
-        q = self.basis[k].copy_(self.next)
+        if k == BLOCK * len(self.blocks):
+            rows = min(BLOCK, self.capacity - k)
+            self.blocks.append(torch.empty(rows, len(self.next), dtype=self.next.dtype, device=self.next.device))
+        q = self.blocks[-1][k % BLOCK].copy_(self.next)
         w = self.operator(q)
         alpha = float(torch.dot(q, w))
         if alpha != alpha or abs(alpha) == float("inf"):
@@ -107,10 +109,20 @@ class Krylov:
         theta, s = torch.linalg.eigh(t + torch.diag(off, 1) + torch.diag(off, -1))
         return theta, s, self.beta[-1] * s[-1].abs()
 
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Rows of coefficients (n, k) times the basis: (n, size)."""
+        parts = coefficients.to(self.blocks[0]).split(BLOCK, dim=1)
+        total = parts[0] @ self.blocks[0][: parts[0].shape[1]]
+        for c, q in zip(parts[1:], self.blocks[1:], strict=True):
+            total.addmm_(c, q[: c.shape[1]])
+        return total
+
     def _against(self, w: Tensor, k: int) -> Tensor:
         """w without its components along the first k basis vectors."""
-        q = self.basis[:k]
-        return torch.addmv(w, q.T, q @ w, alpha=-1)
+        for i, block in enumerate(self.blocks):
+            q = block[: max(0, k - BLOCK * i)]
+            w = torch.addmv(w, q.T, q @ w, alpha=-1)
+        return w
 
     def _orthogonal(self, v: Tensor) -> Tensor:
         v = self._against(self._against(v, self.steps), self.steps)
@@ -139,7 +151,7 @@ def lanczos(
 
     Args:
         which: "magnitude" (largest |lambda|, sign kept) | "top" (largest) | "bottom" (smallest).
-        max_steps: also the number of vectors kept in memory.
+        max_steps: products at most; each keeps one vector in memory.
         start: first vector, such as a former eigenvector; None draws one from `seed`.
 
     Raises:
@@ -158,10 +170,9 @@ def lanczos(
         errors = relative(residuals, theta)[chosen]
         history.append((float(theta[chosen[0]]), float(errors[0])))
         found = krylov.steps >= n and bool((errors <= tol).all())
-        if found or krylov.steps == len(krylov.basis):
+        if found or krylov.steps == krylov.capacity:
             break
-    combination = s[:, chosen].T.to(operator.device, operator.dtype)
-    return Eigenpairs(theta[chosen], combination @ krylov.basis[: krylov.steps], errors, krylov.steps, history)
+    return Eigenpairs(theta[chosen], krylov.combine(s[:, chosen].T), errors, krylov.steps, history)
 
 
 def dominant(operator: Operator, *, tol: float = 1e-3, max_steps: int = 100, start: Tensor | None = None) -> Eigenpairs:
@@ -228,7 +239,7 @@ def spectral_density(operator: Operator, *, probes: int = 1, steps: int = 50, se
         start = random_unit(operator, seed + probe)
         krylov = Krylov(operator, start, capacity=steps, seed=seed + probes + probe)
         krylov.grow()
-        while krylov.steps < len(krylov.basis) and krylov.next is not None:
+        while krylov.steps < krylov.capacity and krylov.next is not None:
             krylov.grow()
         theta, s, _ = krylov.ritz()
         nodes.append(theta)

@@ -75,9 +75,8 @@ class Monitor:
             self.batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
         hessian = loss_hessian(self.cfg, self.model, self.batches, self.ranks)
         pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
-        v = pair.vectors[0].clone()  # the basis that it came from is freed
+        v = pair.vectors[0]
         found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
-        del pair
         rho = rho if rho > 0 else self.cfg.model.sam_rho
         gap = sharpness(hessian, rho)
         found |= {key: gap[key] for key in ("rho", "surrogate_gap", "estimate", "first_order")}
