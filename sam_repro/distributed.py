@@ -104,8 +104,9 @@ class Ranks:
     def finish(self) -> None:
         """All ranks did all they had to: stop watching, and leave together."""
         if self.heart is not None:
+            self.barrier()  # hearts beat until the slowest is here: rank 0 may still be writing
             self.heart.stop()
-            self.barrier()
+            self.barrier()  # none takes the store away while another looks
 
     def farewell(self, sentence: str, code: int) -> None:
         """This rank ends before its time: tell the others why, so that they do not wait."""

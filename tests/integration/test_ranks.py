@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from commands import ENV, ROOT, TINY, only, row_of, start, train
 from safetensors.torch import load_file
 
+from sam_repro import heartbeat
+from sam_repro.distributed import init_ranks
 from sam_repro.heartbeat import LOST
 from sam_repro.log import read_log
 
@@ -99,6 +102,27 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_its_code(tmp_path)
     outputs = finish(ranks)
     assert [p.returncode for p in ranks] == [128 + signal.SIGUSR2] * 2, outputs
     assert "the same command goes on from there" in outputs[0]
+
+
+def finishing(rank: int, port: str) -> None:
+    """One of two ranks; rank 0 has more to do at the end than a rank may be silent for."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    heartbeat.BEAT, heartbeat.SILENT = 0.2, 1.0
+    ranks = init_ranks("cpu")
+    if rank == 0:
+        time.sleep(3)
+    ranks.finish()
+    ranks.close()
+
+
+def test_ranks_that_are_done_wait_for_the_one_that_still_writes():
+    port, spawn = free_port(), multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=finishing, args=(rank, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
 def test_the_log_says_which_rank_is_slow(tmp_path):
