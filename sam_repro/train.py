@@ -73,6 +73,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             lock = open_run(cfg, run_dir)
             ranks.on_loss(lambda why: failure.give_up(run_dir, lock, why))
         if ranks.first(row_path.exists()):  # another process has finished it in the meantime
+            ranks.finish()
             return ledger.read_row(row_path)
         # ---- data ------------------------------------------------------------------------------------------------
         local_batch = split_batch(cfg, ranks.world)
@@ -114,7 +115,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             raise UserError(f"recipe.base: {error}") from None
 
         # ---- resume ----------------------------------------------------------------------------------------------
-        done, seconds = 0, 0.0
+        done, seconds, interval = 0, 0.0, 0.0  # interval: seconds of the steps since the last line of the log
         totals, counted = torch.zeros(len(METRICS), device=ranks.device), 0
         counts = {}
         state, damaged = find_state(cfg, run_dir, ranks)
@@ -123,6 +124,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             base.load_state_dict(state["base"])
             step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
+            interval = state.get("interval", 0.0)
             counts = state["counts"] if done == total else {}
         resumed_at: int = done
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
@@ -139,7 +141,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             """Save everything that step `done` + 1 depends on; rank 0 writes."""
             average_buffers(model, ranks)
             state = {"model": model.state_dict(), "base": base.state_dict(), "method": step.state_dict()}
-            state |= {"step": done, "seconds": seconds, "totals": totals, "counted": counted, "counts": counts}
+            state |= {"step": done, "seconds": seconds, "interval": interval, "totals": totals, "counted": counted}
+            state["counts"] = counts
             if lock is not None:
                 lock.check()
                 checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)
@@ -170,8 +173,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         eval_every = round(cfg.train.eval_every_epochs * steps_per_epoch) or total
         lr_schedule = lr_schedule_of(cfg, total)
         status = "done"
-        interval, saved_at = 0.0, time.perf_counter()
-        tick = saved_at
+        tick = saved_at = time.perf_counter()
         model.train()
         for images, labels in batches(train_loader, done, total):
             lr = lr_schedule(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from sam_repro import ledger
 from sam_repro.config import choices, compose_config
 from sam_repro.log import read_log
-from sam_repro.train import main
+from sam_repro.signals import Interrupted
+from sam_repro.train import batches, main
 
 # Those of Table 1.
 OTHERS = ("wrn28_10", "efficientnet_lite0", "vit_digits", "resnet18_cifar", "resnet50_cifar")  # not of Table 1
@@ -78,6 +80,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     process.kill()
     process.wait()
     assert any(f"resumed at step {saved}" in line for line in seen), seen
+
+
+def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, monkeypatch):
+    folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
+    cfg = compose_config([*TINY, "recipe.steps=20", "train.log_every=20", *folders])
+
+    def interrupted(*arguments):
+        for i, batch in enumerate(batches(*arguments)):
+            if i == 18:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("sam_repro.train.batches", interrupted)
+        main(cfg)
+    state = torch.load(only(tmp_path, "runs/vit*/step-00000019.pt"))
+    row = main(cfg)
+    assert 20 * row["curves"]["train"]["step_seconds"][0] > state["interval"] > 0
 
 
 def test_two_ranks_give_the_weights_of_one(tmp_path):
