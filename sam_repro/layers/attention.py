@@ -9,6 +9,8 @@ softmax and sums in fp32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
@@ -67,11 +69,11 @@ short_attention.register_autograd(_backward, setup_context=_save)
 class ShortAttention(Attention):
     """timm's Attention, with the kernel above where it fits: bf16 on a GPU, few tokens, nothing between the parts."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        fits = x.is_cuda and x.shape[1] <= LONGEST and attn_mask is None and not is_causal
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        """(B, N, C) -> (B, N, C); `more` is what newer versions of timm know, such as is_causal."""
+        fits = x.is_cuda and x.shape[1] <= LONGEST and attn_mask is None and not any(more.values())
         if not fits or not torch.is_autocast_enabled("cuda"):
-            return super().forward(x, attn_mask, is_causal)
+            return super().forward(x, attn_mask, **more)
         qkv = self.qkv(x)
         return self.proj_drop(self.proj(short_attention(qkv, self.num_heads)))
 
