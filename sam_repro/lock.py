@@ -6,6 +6,7 @@ Nobody compares clocks: whether a holder on another machine lives is seen by wat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -75,8 +76,9 @@ class RunLock:
         except FileNotFoundError:
             return  # released meanwhile
         except FileExistsError:
-            if time.time() - claim.stat().st_mtime < STALE:
-                self.refuse(holder)
+            with contextlib.suppress(FileNotFoundError):  # who took over was quick
+                if time.time() - claim.stat().st_ctime < STALE:  # since the link was made; mtime is the lock's own
+                    self.refuse(holder)
         if read(claim) == holder:
             self.path.unlink(missing_ok=True)
         claim.unlink(missing_ok=True)
@@ -88,10 +90,8 @@ class RunLock:
     def beat(self) -> None:
         """Touch the file until released."""
         while not self.released.wait(BEAT):
-            try:
+            with contextlib.suppress(OSError):  # a file server that is away for a while
                 os.utime(self.path)
-            except OSError:
-                return
 
     def check(self) -> None:
         """Raise UserError if another process took the run over, as it may after this one was stopped for long."""
