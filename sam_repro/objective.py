@@ -70,15 +70,21 @@ def loss_of(cfg: Config) -> Callable[[Tensor, Tensor], Tensor]:
     return sigmoid
 
 
-def gradient_step(
-    cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: int, bf16: bool, steps_per_epoch: int = 0
-) -> GradientStep:
-    """The engine for this model and method. `steps_per_epoch` is for Eigen-SAM's faithful release only."""
-    forward, loss = forward_of(cfg, model, ranks.device, bf16=bf16), loss_of(cfg)
+def objective_of(cfg: Config, model: nn.Module, device: torch.device, *, bf16: bool) -> Callable[..., Tensor]:
+    """(params | buffers, images, labels) -> mean loss, not compiled. Products with its Hessian want bf16=False."""
+    forward, loss = forward_of(cfg, model, device, bf16=bf16), loss_of(cfg)
 
     def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         return loss(forward(tensors, images), labels)
 
+    return objective
+
+
+def gradient_step(
+    cfg: Config, model: nn.Module, ranks: Ranks, *, local_batch: int, bf16: bool, steps_per_epoch: int = 0
+) -> GradientStep:
+    """The engine for this model and method. `steps_per_epoch` is for Eigen-SAM's faithful release only."""
+    objective = objective_of(cfg, model, ranks.device, bf16=bf16)
     buffers = {n: b for n, b in model.named_buffers() if n.rsplit(".", 1)[-1] in RUNNING}
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     o, m, part = cfg.optim, cfg.optim.m, local_batch
@@ -117,7 +123,7 @@ def gradient_step(
         )  # fmt: skip
         if isinstance(perturbation, Eigen):
             method["before"] = PowerIteration(
-                perturbation, curved_objective(cfg, model, ranks), params, buffers=buffers,
+                perturbation, objective_of(cfg, model, ranks.device, bf16=False), params, buffers=buffers,
                 around=partial(in_mode, model, training=o.eigen_mode == "train"),
                 compiled=compiled and o.eigen_mode == "eval", tf32=o.eigen_tf32,
                 every=o.k, iterations=o.p, images=o.eigen_images, m=m, seed=cfg.seed,
@@ -144,16 +150,6 @@ def gradient_step(
 def is_fused(o: OptimConfig) -> bool:
     """Whether optim/fused.py knows the method: one pass or two, in every step, each group on its own."""
     return o.every == 1 and not o.decoupled and o.combine in COMBINATIONS and o.scope == "group"
-
-
-def curved_objective(cfg: Config, model: nn.Module, ranks: Ranks) -> Callable[..., Tensor]:
-    """The objective for products with its Hessian: full precision, not compiled."""
-    forward, loss = forward_of(cfg, model, ranks.device, bf16=False), loss_of(cfg)
-
-    def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return loss(forward(tensors, images), labels)
-
-    return objective
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sam_repro.config import Config
 from sam_repro.distributed import Ranks
+from sam_repro.errors import UserError
 from sam_repro.objective import average_buffers, in_mode
 from sam_repro.optim import GradientStep
 from sam_repro.optim.hvp import Batch, Hessian
@@ -54,15 +55,23 @@ class Monitor:
         return every > 0 and (done % every == 0 or (o.perturb == "eigen" and done > every and done % every == o.k))
 
     def __call__(self, done: int, rho: float, *, final: bool = False) -> dict[str, Any]:
-        """One measurement; where there is none, {"problem": a sentence}."""
+        """One measurement; where there is none, {"problem": a sentence}.
+
+        Raises:
+            UserError: where one of several ranks has no memory or unreadable data.
+        """
         start = time.perf_counter()
         average_buffers(self.model, self.ranks)
         try:
             with in_mode(self.model, training=False):
                 found = self._measure(done, rho, final=final)
-        except torch.OutOfMemoryError:
-            return {"problem": f"sharpness was not measured: no memory for {self.cfg.sharpness.batch} images a pass"}
-        except ValueError as error:
+        except (torch.OutOfMemoryError, UserError) as error:
+            memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch)"
+            why = str(error) if isinstance(error, UserError) else memory
+            if self.ranks.world > 1:  # the others wait for this rank in the middle of a product
+                raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 does without") from None
+            return {"problem": f"sharpness was not measured: {why}"}
+        except ValueError as error:  # of numbers that all ranks have
             return {"problem": f"sharpness was not measured: {error}"}
         numbers = [x for value in found.values() for x in np.ravel(value).tolist()]
         if not all(map(math.isfinite, numbers)):
@@ -105,7 +114,7 @@ class Monitor:
         perturb: Any = self.step.perturb or sam
         total = torch.zeros(2, dtype=torch.float64)
         images = [torch.cat(parts) for parts in zip(*self.batches, strict=True)]
-        for i, group in enumerate(zip(*(t.split(self.cfg.optim.m) for t in images), strict=True)):
+        for i, group in enumerate(zip(*(t.split(self.cfg.optim.m or len(t)) for t in images), strict=True)):
             passes = zip(*(t.split(self.cfg.sharpness.batch) for t in group), strict=True)
             _, g = Hessian(hessian.objective, hessian.params, list(passes)).gradient()
             if hasattr(perturb, "reseed"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from sam_repro.config import Config
 from sam_repro.data import build_loader
 from sam_repro.distributed import Ranks
-from sam_repro.objective import forward_of, loss_of
+from sam_repro.objective import objective_of
 from sam_repro.optim.hvp import Batch, Hessian
 
 
@@ -29,11 +29,7 @@ def probe_batches(cfg: Config, ranks: Ranks, *, images: int, batch: int, seed: i
 
 def loss_hessian(cfg: Config, model: nn.Module, batches: list[Batch], ranks: Ranks) -> Hessian:
     """The Hessian of the training loss over these images, in fp32, on all ranks; the model must be in eval mode."""
-    forward, loss = forward_of(cfg, model, ranks.device, bf16=False), loss_of(cfg)
-
-    def objective(tensors: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return loss(forward(tensors, images), labels)
-
+    objective = objective_of(cfg, model, ranks.device, bf16=False)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Over many batches both ways cost the same work, but a convolution's second backward pass is itself made of
     # convolutions with kernels as large as the image, for which GPUs have no fast code.

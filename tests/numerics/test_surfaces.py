@@ -177,7 +177,7 @@ def test_what_a_row_says_of_sharpness(trained):
 
 def test_a_measurement_that_is_impossible_costs_no_run(tmp_path):
     folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
-    lost = ["recipe.steps=2", "sharpness.images=16", "sharpness.batch=16", "model.sam_rho=1e30"]
+    lost = ["recipe.steps=2", "sharpness.images=16", "sharpness.batch=16", "model.sam_rho=1e30", "optim.m=0"]
     row = train(compose_config(["model=vit_s32", "optim=vanilla", "debug=tiny", *lost, *folders]))
     assert row["status"] == "done" and "was not measured" in row["sharpness"]["problem"]
 
