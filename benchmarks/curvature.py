@@ -196,7 +196,7 @@ def bench_net(name: str, args: argparse.Namespace, rows: list[dict], save: Calla
             rows.append(row)
             save()
             print(show_row(row), flush=True)
-        except Exception as error:  # one party's failure must not cost the others the lease
+        except Exception as error:  # one party's failure must not cost the others their run
             print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
 
 

@@ -129,7 +129,7 @@ def estimates(run: Run, before: PowerIteration, args: argparse.Namespace, row: d
             setup = seconds(run.estimate)
             first = before.eigenvalue
             median = statistics.median(seconds(run.estimate) for _ in range(args.rounds))
-        except Exception as error:  # one kind's failure must not cost the others the lease
+        except Exception as error:  # one kind's failure must not cost the others their run
             print(f"{row['model']} {kind} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
             continue
         share = median / row["sam_seconds"]

@@ -260,7 +260,7 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
             times = measure(run, args.rounds, args.steps)
             if party == args.profile:
                 profile(run)
-        except Exception as error:  # one party's failure must not cost the others the lease
+        except Exception as error:  # one party's failure must not cost the others their run
             print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
             continue
         finally:

@@ -31,6 +31,7 @@ from typing import Any
 from sam_repro.config import run_id
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
+from sam_repro.log import clock
 from sam_repro.paper.plan import finished, positive
 from sam_repro.paper.runs import Run, compose_once, unique_runs
 from sam_repro.paper.spec import Table, load_table
@@ -214,12 +215,6 @@ class Queue:
 def kind_of(run_id: str) -> str:
     """<model>-<optim> of a run id."""
     return run_id.rsplit("-", 2)[0]
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def say(sentence: str) -> None:
