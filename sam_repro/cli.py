@@ -57,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # the paper half was installed alone
+        if error.name is None or error.name.startswith("sam_repro"):
+            raise
+        what = f"`sam-repro {name}` needs {error.name.split('.')[0]}, which is not installed"
+        print(f"error: {what}; `pip install -e .` or ./install.sh brings everything", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # `sam-repro table ... | head`
         return 0
 

@@ -6,7 +6,8 @@
 
 The speed of a run is the smaller of its step's and its loader's, from results/benchmarks/. Where nothing was
 measured the hours stay empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
-x passes of the method. Evaluation and checkpoints are not counted. Finished runs are shown beside their estimate.
+x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Evaluation and checkpoints are
+not counted. Finished runs stand beside their estimate: their hours, and in brackets how many they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from sam_repro.config import Config
 from sam_repro.errors import UserError
 from sam_repro.paper.outcome import Outcome, outcomes
-from sam_repro.paper.plan import positive
+from sam_repro.paper.plan import positive, positive_number
 from sam_repro.paper.rates import Entry, Rate, forward_gflop, load_rates, loader_rate, passes_of, step_rate
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import Table, load_table
@@ -35,11 +36,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("--gpu", default="h100", help="hardware whose speeds to take: h100, cpu, ... (default: h100)")
     parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs at work together (default: 8)")
-    parser.add_argument("--price", type=float, metavar="X", help="price of a GPU-hour, in any currency")
+    parser.add_argument("--price", type=positive_number, metavar="X", help="price of a GPU-hour, in any currency")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
     parser.add_argument("--missing", action="store_true", help="count only the runs that the ledger lacks")
     parser.add_argument(
-        "--tflops", type=float, metavar="X", help="assume this sustained speed a GPU where none is known"
+        "--tflops", type=positive_number, metavar="X", help="assume this sustained speed a GPU where none is known"
     )
     parser.add_argument("--calibrate", action="store_true", help="measure the models and methods of the tables first")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the tables' own)")
@@ -53,6 +54,8 @@ class Cost:
     eflop: float | None
     hours: float | None  # GPU-hours
     how: str
+    forward: float | None = None  # GFLOP of one image's forward pass
+    passes: float | None = None  # of the method
 
 
 def run(args: Namespace) -> None:
@@ -64,18 +67,19 @@ def run(args: Namespace) -> None:
         calibrate(tables, args.gpu)
     entries = load_rates(args.gpu)
     total, counted = [], set()
+    width = max(len(ALL), *(len(row.id) for table in tables for row in table.rows))
     for table in tables:
         print(f"{table.title}")
-        print(HEADER)
+        print(f"  {'row':<{width}} {HEADER}")
         for o in outcomes(table, args.ledger, seeds=args.seeds):
             done = {row["run_id"] for row in o.ledger}
             runs = [r for r in o.runs if r.run_id not in counted and not (args.missing and r.run_id in done)]
             counted |= {r.run_id for r in runs}
             costs = [cost_of(r, entries, args.tflops) for r in runs]
             total += costs
-            print(line_of(o, costs, args.gpus, args.price))
+            print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price)}")
         print()
-    print(summary(total, args.gpus, args.price))
+    print(summary(total, width, args.gpus, args.price))
     if any(cost.hours is None for cost in total):
         print(
             f"no measured speed of {args.gpu} for some rows: `sam-repro estimate ... --calibrate` on such a machine, "
@@ -98,12 +102,13 @@ def cost_of(r: Run, entries: list[Entry], tflops: float | None = None) -> Cost:
     """What one run costs on the hardware of `entries`."""
     cfg = r.config
     images = float(steps_of(cfg) * cfg.recipe.batch_size)
-    forward = forward_gflop(cfg.model.name, cfg.data.image_size)
-    eflop = None if forward is None else images * 3 * forward * passes_of(cfg) * 1e-9
+    forward, passes = forward_gflop(cfg.model.name, cfg.data.image_size), passes_of(cfg)
+    eflop = None if forward is None else images * 3 * forward * passes * 1e-9
     rate = slower(step_rate(cfg, entries), loader_rate(cfg, entries))
+    hours, how = (images / rate.images_per_second / 3600, rate.how) if rate else (None, "not measured")
     if rate is None and tflops and eflop is not None:
-        return Cost(images, eflop, eflop * 1e6 / tflops / 3600, f"assumed {tflops:g} TFLOP/s")
-    return Cost(images, eflop, rate and images / rate.images_per_second / 3600, rate.how if rate else "not measured")
+        hours, how = eflop * 1e6 / tflops / 3600, f"assumed {tflops:g} TFLOP/s"
+    return Cost(images, eflop, hours, how, forward, passes)
 
 
 def slower(step: Rate | None, loader: Rate | None) -> Rate | None:
@@ -117,25 +122,31 @@ def slower(step: Rate | None, loader: Rate | None) -> Rate | None:
     return Rate(step.images_per_second, f"step {step.how}")
 
 
-HEADER = f"  {'row':<34} {'runs':>4} {'images':>10} {'EFLOP':>8} {'GPU-hours':>10} {'days':>7} {'price':>8}"
-HEADER += f" {'actual h':>9}  speed"
+HEADER = (
+    f"{'runs':>4} {'images':>10} {'GFLOP':>6} {'passes':>6} {'EFLOP':>8} {'GPU-hours':>10} {'days':>7} {'price':>8}"
+)
+HEADER += f" {'actual h':>12}  speed"
+ALL = "of which of known speed"  # the longest name under the rows
 
 
 def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None) -> str:
-    """One row of the table, all its seeds together, with the hours of the runs that are finished."""
-    actual = sum(row.get("hours", 0.0) for row in o.ledger)
-    total = add(costs)
+    """What a row costs, all its seeds together, with the hours of the runs that are finished."""
+    actual = f"{sum(row.get('hours', 0.0) for row in o.ledger):.2f} ({len(o.ledger)})" if o.ledger else "–"
     how = costs[0].how if costs else "shared with a row above, finished, or nothing to run"
-    return (
-        f"  {o.row.id:<34} {len(costs):>4} {figures(total, gpus, price)} "
-        f"{f'{actual:.2f}' if o.ledger else '–':>9}  {how}"
-    )
+    one = costs[0] if costs else Cost(0, None, None, "")
+    arithmetic = f"{number(one.forward):>6} {number(one.passes):>6}"
+    return f"{len(costs):>4} {figures(add(costs), arithmetic, gpus, price)} {actual:>12}  {how}"
 
 
-def figures(cost: Cost, gpus: int, price: float | None) -> str:
-    """Images, EFLOP, hours, days and price in columns."""
+def number(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def figures(cost: Cost, arithmetic: str, gpus: int, price: float | None) -> str:
+    """Images, GFLOP and passes, EFLOP, hours, days and price in columns."""
     hours = cost.hours
-    cells = [f"{cost.images:>10.3g}", f"{cost.eflop:>8.3g}" if cost.eflop is not None else f"{'–':>8}"]
+    cells = [f"{cost.images:>10.3g}", arithmetic, f"{number(cost.eflop):>8}"]
     cells += [f"{hours:>10.4g}", f"{hours / gpus / 24:>7.3g}"] if hours is not None else [f"{'–':>10}", f"{'–':>7}"]
     cells.append(f"{hours * price:>8.5g}" if hours is not None and price is not None else f"{'–':>8}")
     return " ".join(cells)
@@ -153,13 +164,14 @@ def add(costs: Iterable[Cost]) -> Cost:
     )
 
 
-def summary(costs: list[Cost], gpus: int, price: float | None) -> str:
+def summary(costs: list[Cost], width: int, gpus: int, price: float | None) -> str:
     """The total, and the part of it that is known where not all is."""
     known = [c for c in costs if c.hours is not None]
-    lines = [f"  {'all, shared runs once':<34} {len(costs):>4} {figures(add(costs), gpus, price)}"]
+    blank = " " * 13
+    lines = [f"  {'all, shared runs once':<{width}} {len(costs):>4} {figures(add(costs), blank, gpus, price)}"]
     if known and len(known) < len(costs):
-        lines.append(f"  {'of which of known speed':<34} {len(known):>4} {figures(add(known), gpus, price)}")
-    lines.append("  EFLOP = images x GFLOP forward x 3 x passes (vanilla 1, SAM and GSAM 2, CR-SAM 3) / 10^9")
+        lines.append(f"  {ALL:<{width}} {len(known):>4} {figures(add(known), blank, gpus, price)}")
+    lines.append("  EFLOP = images x GFLOP of a forward pass x 3 (backward: twice the forward) x passes / 10^9")
     return "\n".join(lines)
 
 

@@ -51,7 +51,13 @@ def run(args: Namespace) -> None:
     for path in save(draw(table, found), folder / table.name):
         print(path)
     if any(o.runs for o in found) and not any(o.ledger for o in found):
-        print(f"no run of {table.name} is in the ledger yet: the figure shows the paper's values only", file=sys.stderr)
+        shown = "the paper's values only" if any(map(has_number, found)) else "an empty frame"
+        print(f"no run of {table.name} is in the ledger yet: the figure shows {shown}", file=sys.stderr)
+
+
+def has_number(o: Outcome) -> bool:
+    """Whether the paper prints a number for the row that our sources hold."""
+    return any(isinstance(value, (int, float)) for value in o.row.printed.values())
 
 
 def beside_ledger(found: list[Outcome], ledger_dir: Path | None) -> Path:
@@ -97,7 +103,7 @@ def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, l
     if p is not None:
         seeds = f"mean and 95 % interval over seeds {', '.join(map(str, p.seeds))}" if len(p.seeds) > 1 else "one seed"
         said = " · ".join([seeds, *p.hardware, f"commit {', '.join(p.commits)}"])
-    if any(isinstance(v, (int, float)) for o in found for v in o.row.printed.values()):
+    if any(map(has_number, found)):
         said += " · ◇ the paper's value"
     figure.text(left, 0.01, said, fontsize=8, color=SOFT, va="bottom")
     plt.close(figure)

@@ -12,7 +12,7 @@ from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.lock import is_held
 from sam_repro.paper.runs import Run, runs_of
-from sam_repro.paper.spec import UNREADABLE, Column, Table, TableRow
+from sam_repro.paper.spec import Column, Table, TableRow
 from sam_repro.paper.stats import Comparison, Interval, compare, interval, verdict
 
 
@@ -88,12 +88,13 @@ def outcome(
     cells = []
     for column in table.columns:
         values = [value_of(r, column) for r in found if r["status"] == "done"]
+        values += [computed(row, column)] if row.overrides is None else []
         values = [v for v in values if v is not None]
         ours, printed = interval(values) if values else None, row.printed.get(column.name)
         word = verdict(ours, printed, digits=column.digits)
         if word == "pending" and state != "done":
             word = state
-        if any(r["status"] == "diverged" for r in found) and word != UNREADABLE:
+        if any(r["status"] == "diverged" for r in found):
             word = "diverged"
         cells.append(Cell(column, ours, printed, word))
     return Outcome(row, tuple(runs), tuple(found), state, tuple(cells))
@@ -131,6 +132,15 @@ def value_of(row: Row, column: Column) -> float | None:
     for key in column.value.split("."):
         node = node.get(key) if isinstance(node, dict) else None
     return float(node) if isinstance(node, (int, float)) else None
+
+
+def computed(row: TableRow, column: Column) -> float | None:
+    """A value that needs no run: of GSAM's toy (Fig. 3), the top eigenvalue where a method ends."""
+    if column.value != "toy.sharpness":
+        return None
+    from sam_repro.paper.toy import descend
+
+    return descend(row.method_id).top
 
 
 def curve(row: Row, name: str) -> list[float | None]:

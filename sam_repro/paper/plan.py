@@ -33,6 +33,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """A number greater than 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"'{text}' is not a number greater than 0")
+    return value
+
+
 def run(args: Namespace) -> None:
     """Print the plan on stdout and how many lines it has on stderr."""
     runs = unique_runs([load_table(name) for name in args.tables], seeds=args.seeds).values()

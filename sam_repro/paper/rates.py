@@ -42,14 +42,19 @@ def passes_of(cfg: Config) -> float:
     """Forward and backward passes over the batch a step.
 
     1 without a perturbation, 2 with one, 3 for CR-SAM's two; with a cadence only every k-th step. Entropy-SGD: as many
-    as it takes inner steps, each on its part of the batch.
+    as it takes inner steps, each on its part of the batch. Eigen-SAM: p Hessian-vector products every k steps on top,
+    on m images or the batch, each counted as 2 passes (its authors say 1 to 2).
     """
     o = cfg.optim
     if o.kind == "entropy_sgd":
         return o.inner_steps / o.inner_parts
     if o.perturb == "none":
         return 1
-    return 1 + (2 if o.combine == "cr" else 1) / o.every
+    passes = 1 + (2 if o.combine == "cr" else 1) / o.every
+    if o.perturb == "eigen":
+        share = 1 if o.eigen_images == "batch" or not o.m else min(1, o.m / cfg.recipe.batch_size)
+        passes += 2 * o.p / o.k * share
+    return passes
 
 
 @cache

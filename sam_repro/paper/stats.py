@@ -63,7 +63,9 @@ class Comparison:
         """The judgement in words."""
         if self.p is None:
             return "not testable with one seed"
-        return "significant" if self.p < LEVEL else "not significant"
+        if self.p >= LEVEL:
+            return "not significant"
+        return "significant" if self.difference > 0 else "significant, the other way round"
 
 
 def compare(worse: dict[int, float], better: dict[int, float]) -> Comparison | None:

@@ -94,8 +94,22 @@ def test_actual_hours_stand_beside_the_estimate(tmp_path: Path, capsys: pytest.C
     write_rows(tmp_path, runs_of(table, table.rows[0]), [330, 331, 332])
     main(["estimate", "demo", "--ledger", str(tmp_path), "--missing"])
     lines = capsys.readouterr().out.splitlines()
-    assert "0.03" in next(line for line in lines if "vit_digits/vanilla" in line)
+    assert "0.03 (3)" in next(line for line in lines if "vit_digits/vanilla" in line)
     assert next(line for line in lines if "all, shared" in line).split()[4] == "6"
+
+
+def test_the_arithmetic_of_a_row_gives_its_eflop(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["estimate", "table5", "--tflops", "100"])
+    lines = capsys.readouterr().out.splitlines()
+    row = dict(zip(lines[1].split(), next(line for line in lines if "vit_b32/gsam" in line).split(), strict=False))
+    product = float(row["images"]) * float(row["GFLOP"]) * 3 * float(row["passes"]) / 1e9
+    assert product == pytest.approx(float(row["EFLOP"]), rel=0.02)
+
+
+def test_products_of_eigen_sam_are_counted() -> None:
+    run = ["recipe=cifar", "model=resnet18_cifar", "data=cifar100", "optim=eigen_sam"]  # batch 256, m = 64
+    assert passes_of(compose_config(run)) == pytest.approx(2 + 2 * 5 / 100 / 4)
+    assert passes_of(compose_config([*run, "optim.k=10", "optim.eigen_images=batch"])) == pytest.approx(3)
 
 
 def test_passes() -> None:

@@ -121,6 +121,20 @@ def test_counts_on_the_command_line_start_at_one(capsys: pytest.CaptureFixture[s
     assert "not a whole number of at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--price", "-3"], ["--price", "cheap"], ["--tflops", "0"], ["--tflops", "nan"]])
+def test_prices_and_speeds_are_greater_than_zero(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["estimate", "table5", *words])
+    assert f"'{words[1]}' is not a number greater than 0" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what the import of a missing package does
+    (tmp_path / "log.jsonl").write_text("")
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "`sam-repro sync` needs wandb, which is not installed" in capsys.readouterr().err
+
+
 def test_a_ledger_folder_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "demo", "--ledger", "/nowhere"]) == 2
     assert "there is no folder /nowhere" in capsys.readouterr().err

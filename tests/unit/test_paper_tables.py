@@ -59,6 +59,8 @@ def test_the_paired_test_is_scipys() -> None:
 
 def test_equal_methods_are_not_significant() -> None:
     assert compare({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).words == "not significant"
+    up, down = {0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.001}
+    assert compare(up, down).words == "significant" and compare(down, up).words == "significant, the other way round"
     assert compare({0: 1.0}, {0: 2.0}).words == "not testable with one seed"
     assert compare({0: 1.0}, {1: 2.0}) is None
 
@@ -75,12 +77,18 @@ def test_a_row_goes_from_pending_to_a_verdict(tmp_path: Path) -> None:
     assert o.state == "done" and o.step_ms == pytest.approx(50) and 0.1 < o.metric("surrogate_gap") < 0.2
 
 
-def test_a_diverged_seed_is_the_verdict(tmp_path: Path) -> None:
-    table = table_with(90.0)
+@pytest.mark.parametrize("printed", [90.0, "not in our sources"])
+def test_a_diverged_seed_is_the_verdict(printed: float | str, tmp_path: Path) -> None:
+    table = table_with(printed)
     runs = runs_of(table, table.rows[0])
     write_rows(tmp_path, runs[:2], [324, 325])
     write_rows(tmp_path, runs[2:], [0], status="diverged")
     assert outcomes(table, tmp_path)[0].cells[0].verdict == "diverged"
+
+
+def test_the_toy_of_fig_3_needs_no_run() -> None:
+    sgd, sam, gsam = (o.cells[0].ours.mean for o in outcomes(load_table("fig3")))
+    assert gsam < 1 < min(sgd, sam)
 
 
 def test_sharpness_of_rows_fills_fig_4_and_a_row_without_it_waits(tmp_path: Path) -> None:
