@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,52 @@ forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["sam_repro.train", "wandb", "faulty"])
 
 
-def attempt(where: Path, *overrides: str, fault: str = "", after: float = 0, **env: str) -> tuple[int, str]:
-    """Exit code and output of one `python train.py` in the folder `where`.
+class Attempt:
+    """One `python train.py` in the folder `where`.
 
     Args:
         fault: "<moment> <n>": the process kills itself at the n-th such moment; see `arm`.
-        after: seconds after which it is killed from outside; 0 is never.
     """
-    where.mkdir(exist_ok=True)
-    output = where / "output.txt"
-    process = forks.Process(target=child, args=(where, [*COMMAND, *overrides], output, fault, env))
-    process.start()
-    process.join(after or 240)
-    if process.is_alive():
-        assert after, f"hangs: {output.read_text()}"
-        process.kill()
-        process.join()
-    assert process.exitcode is not None
-    return process.exitcode, output.read_text(errors="replace")
+
+    def __init__(self, where: Path, *overrides: str, fault: str = "", **env: str):
+        where.mkdir(exist_ok=True)
+        self.path = where / f"output{env.get('RANK', '')}.txt"
+        self.path.unlink(missing_ok=True)
+        words = [*COMMAND, *overrides]
+        self.process = forks.Process(target=child, args=(where, words, self.path, fault, env), daemon=True)
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        """What it has said so far."""
+        return self.path.read_text(errors="replace") if self.path.exists() else ""
+
+    def reach(self, text: str, seconds: float = 120) -> None:
+        """Wait until it says so."""
+        deadline = time.monotonic() + seconds
+        while text not in self.output:
+            assert self.process.is_alive() and time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, seconds: float = 240) -> int:
+        """Its exit code; minus the signal that killed it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"hangs: {self.output}"
+        return self.process.exitcode
+
+
+def attempt(where: Path, *overrides: str, fault: str = "", after: float = 0, **env: str) -> tuple[int, str]:
+    """Exit code and output of one `python train.py`; killed from outside `after` seconds, if any."""
+    process = Attempt(where, *overrides, fault=fault, **env)
+    if after:
+        process.process.join(after)
+        process.process.kill()
+    return process.end(), process.output
 
 
 def child(where: Path, words: list[str], output: Path, fault: str, env: dict[str, str]) -> None:
@@ -131,6 +160,8 @@ def arm(moment: str, n: str) -> None:
         checkpoint.export = before(checkpoint.export)
     elif moment == "row":
         ledger.write_row = before(ledger.write_row)
+    elif moment == "sleep":  # no death: milliseconds before every step
+        train.rho_of = before(train.rho_of, lambda *a: bool(time.sleep(float(n) / 1000)))
     elif moment == "patience":  # no death: seconds that the end waits for W&B
         tracking.PATIENCE = float(n)
     elif moment == "link":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -98,28 +97,6 @@ def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, m
     state = torch.load(only(tmp_path, "runs/vit*/step-00000019.pt"))
     row = main(cfg)
     assert 20 * row["curves"]["train"]["step_seconds"][0] > state["interval"] > 0
-
-
-def test_two_ranks_give_the_weights_of_one(tmp_path):
-    """Equal m and global batch: 1 process of 4 groups and 2 of 2, gloo; equal to rounding, exact evaluation.
-
-    With SGD: AdamW turns the sign of a gradient that is zero but for rounding into a full step.
-    """
-    sgd = [*TINY, "recipe.base=sgd", "recipe.lr=0.05"]
-    alone, pair = tmp_path / "alone", tmp_path / "pair"
-    alone.mkdir(), pair.mkdir()
-    train(alone, *sgd)
-    port = str(20_000 + time.time_ns() % 20_000)
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    peers = [start(pair, *sgd, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)]
-    outputs = [p.communicate(timeout=240)[0] for p in peers]
-    assert [p.returncode for p in peers] == [0, 0], outputs
-    a, b = (load_file(only(w, "runs/tiny/vit*/model.safetensors")) for w in (alone, pair))
-    worst = max(((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-3)).item() for k in a)
-    assert worst < 1e-5
-    assert (
-        row_of(pair)["world"] == 2 and row_of(pair)["evals"]["val"]["total"] == row_of(alone)["evals"]["val"]["total"]
-    )
 
 
 def test_a_diverging_run_is_recorded_and_keeps_its_last_good_checkpoint(tmp_path):
