@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from commands import TINY, only, row_of, start, train
+from faulty import Attempt
 from safetensors.torch import load_file
 
 from sam_repro import ledger
@@ -62,23 +63,16 @@ def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
-    longer = [*TINY, "recipe.steps=400", "train.log_every=5"]
-    process = start(tmp_path, *longer)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[10/400]"):
-            process.send_signal(number)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 128 + number, rest
-    assert "the same command goes on from there" in rest and "Traceback" not in rest
+    longer = ("recipe.steps=400", "train.log_every=5", "train.eval_every_epochs=0", "train.save_every_steps=0")
+    process = Attempt(tmp_path, *longer)
+    process.reach("[10/400]")
+    process.send(number)
+    assert process.end() == 128 + number, process.output
+    assert "the same command goes on from there" in process.output and "Traceback" not in process.output
     saved = json.loads(only(tmp_path, "runs/tiny/vit*/step-*.json").read_text())["step"]
-    process = start(tmp_path, *longer)
-    assert process.stdout is not None
-    seen = [process.stdout.readline() for _ in range(3)]
-    process.kill()
-    process.wait()
-    assert any(f"resumed at step {saved}" in line for line in seen), seen
+    process = Attempt(tmp_path, *longer)
+    process.reach(f"resumed at step {saved}")
+    process.process.kill()
 
 
 def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, monkeypatch):
