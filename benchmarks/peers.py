@@ -39,8 +39,8 @@ from sam_repro.objective import loss_of
 from sam_repro.optim import build_base, decay_groups
 from sam_repro.paper.stats import compare, interval
 from sam_repro.paper.worker import fresh
+from sam_repro.schedules import batches, lr_schedule_of
 from sam_repro.setup import hardware, loader_factory, seed_everything, use_bf16
-from sam_repro.train import batches, lr_schedule_of
 from sam_repro.train import main as train
 
 INTERVAL = 25  # steps between readings of the clock

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from sam_repro import checkpoint, failure, ledger
 from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
-from sam_repro.data import Loader
 from sam_repro.data.augment import cutout, mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
@@ -33,7 +30,8 @@ from sam_repro.initial import start_from
 from sam_repro.log import RunLog, read_log
 from sam_repro.models import build_model
 from sam_repro.objective import average_buffers, forward_of, gradient_step
-from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups, lr_at, rho_at
+from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups
+from sam_repro.schedules import batches, lr_schedule_of, rho_of, step_seed
 from sam_repro.setup import find_state, hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
 from sam_repro.sharpness.monitor import Monitor
 from sam_repro.signals import Interrupted, StopSignal
@@ -295,47 +293,12 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         ranks.close()
 
 
-# ---- pieces of main ------------------------------------------------------------------------------------------------
-
-
-def lr_schedule_of(cfg: Config, total: int) -> Callable[[int], float]:
-    """step -> learning rate."""
-    r = cfg.recipe
-    return lambda step: lr_at(step, total, peak=r.lr, warmup=r.warmup_steps, kind=r.schedule, min_ratio=r.lr_min_ratio)
-
-
-def rho_of(cfg: Config, lr: float) -> float:
-    """The radius at learning rate `lr`."""
-    o, r = cfg.optim, cfg.recipe
-    if o.rho_schedule == "constant":
-        return o.rho_max
-    return rho_at(
-        lr, lr_max=r.lr, lr_min=r.lr * r.lr_min_ratio, rho_max=o.rho_max, rho_min=o.rho_min, faithful=o.faithful_rho
-    )
-
-
-def step_seed(seed: int, step: int) -> int:
-    """One seed a step, for dropout: a function of the run's seed and the step alone, so that resuming is exact."""
-    return seed * 10_000_019 + step
-
-
-def batches(loader: Loader, done: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of updates `done` ... `total` - 1, starting in the middle of an epoch if need be."""
-    while done < total:
-        epoch, start = divmod(done, len(loader))
-        for batch in loader.epoch(epoch, start):
-            yield batch
-            done += 1
-            if done == total:
-                return
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
 def typed_overrides() -> list[str]:
     """The key=value words of this process's command line."""
     return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
 
 
 def cli() -> None:
@@ -355,13 +318,13 @@ def cli() -> None:
     except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(failure.exit_code(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if not failure.is_about_files(error):
             raise
         print(f"error: {error}; checkpoints are intact, the same command goes on from the newest", file=sys.stderr)
         sys.exit(failure.exit_code(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
-        sys.exit(2)
     if "diverged" in statuses:
         sys.exit(3)
