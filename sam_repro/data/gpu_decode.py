@@ -21,9 +21,7 @@ Decode = Callable[[list[Buffer], torch.device], list[Tensor]]
 
 
 def _tensors(jpegs: list[Buffer]) -> list[Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory that may not be written: nobody does
-        return [torch.frombuffer(jpeg, dtype=torch.uint8) for jpeg in jpegs]
+    return [torch.frombuffer(jpeg, dtype=torch.uint8) for jpeg in jpegs]
 
 
 def _torchcodec(jpegs: list[Buffer], device: torch.device) -> list[Tensor]:
@@ -73,7 +71,7 @@ def find_decoder(device: torch.device) -> tuple[str, str]:
     """(name of the decoder that works on `device`, '') or ('', why none does)."""
     if device.type != "cuda":
         return "", "it needs an NVIDIA GPU"
-    jpeg = cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+    jpeg = bytearray(cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].tobytes())
     reasons = []
     for name, decode in DECODERS.items():
         try:

@@ -82,7 +82,7 @@ def test_the_kernel_is_the_cpu_path_to_the_bit(mode, filter):
 
 @pytest.mark.parametrize("name", list(DECODERS))
 def test_decoders_differ_from_libjpeg_by_rounding(name):
-    data = [jpeg(i) for i in range(32) if i % 40 not in (13, 33)]
+    data = [bytearray(jpeg(i)) for i in range(32) if i % 40 not in (13, 33)]
     try:
         DECODERS[name](data[:1], CUDA)
     except Exception as error:

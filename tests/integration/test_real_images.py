@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(not WEIGHTS.exists(), reason="SAM_REPRO_TEST_DATA does not lead to real images and weights"),
 ]
 
