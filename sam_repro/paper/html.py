@@ -69,25 +69,28 @@ def table_html(s: Sheet) -> str:
     return f'<h2>{escape(s.title)}</h2>\n<p class="soft">{escape(s.source)}</p>\n{grid(s)}{notes(s)}'
 
 
-def grid(s: Sheet, links: list[str] | None = None) -> str:
-    """The table itself; `links` are the addresses that the rows' methods lead to, empty for none."""
+def grid(s: Sheet, runs: list[dict[str, str]] | None = None, words: list[str] | None = None) -> str:
+    """The table itself; in the report, `runs` are {seed: run id} a row leads to, `words` what a filter finds it by."""
     head = "".join(f"<th{' class=left' if i < 2 else ''}>{escape(h)}</th>" for i, h in enumerate(s.header))
     lines = []
     for i, line in enumerate(s.lines):
         cells = [cell(text, left=k < 2) for k, text in enumerate(line)]
-        if links is not None:
-            cells[1] = f'<td class="left">{linked(line[1], links[i])}</td>'
-        lines.append(f"<tr>{''.join(cells)}</tr>\n")
+        if runs is not None:
+            cells[1] = f'<td class="left">{linked(line[1], runs[i])}</td>'
+        said = f' data-words="{escape(words[i])}"' if words else ""
+        lines.append(f"<tr{said}>{''.join(cells)}</tr>\n")
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody></table></div>\n'
     )
 
 
-def linked(method: str, link: str) -> str:
-    """A method that leads to its run, followed by small links to the deviations it is marked with."""
+def linked(method: str, runs: dict[str, str]) -> str:
+    """A method that leads to its first run, with small links to those of other seeds and to its deviations."""
     name, *tags = re.split(r" \[(D-\d+)\]", method)
-    head = f'<a href="{escape(link)}">{escape(name)}</a>' if link else escape(name)
-    return head + "".join(f'<a class="tag" href="#{tag}">{tag}</a>' for tag in tags if tag)
+    first, *others = runs.items() or [("", "")]
+    head = f'<a href="#{escape(first[1])}">{escape(name)}</a>' if runs else escape(name)
+    small = [(f"seed {seed}", run) for seed, run in others] + [(tag, tag) for tag in tags if tag]
+    return head + "".join(f' <a class="tag" href="#{escape(to)}">{text}</a>' for text, to in small)
 
 
 def notes(s: Sheet) -> str:

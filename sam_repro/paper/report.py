@@ -25,7 +25,7 @@ from sam_repro.paper.estimate import row_costs
 from sam_repro.paper.html import cell, grid, notes, page
 from sam_repro.paper.outcome import Outcome, curve, outcomes
 from sam_repro.paper.spec import Table, load_table, table_names
-from sam_repro.paper.tables import sheet_of
+from sam_repro.paper.tables import hours_words, sheet_of
 
 RESULTS = "results/runs"  # the ledger that is committed; the demo has its own
 SCRIPT = """
@@ -46,9 +46,17 @@ filter.oninput = () => {
     const text = (item.dataset.words || item.textContent).toLowerCase();
     item.hidden = !words.every(w => text.includes(w));
   });
-  document.querySelectorAll('.filterable tbody tr').forEach(row => {
-    const text = (row.closest('.filterable').dataset.title + ' ' + row.textContent).toLowerCase();
-    row.hidden = !words.every(w => text.includes(w));
+  // A row answers to the words of its table's title too, but not where some row's id has the word as a part: gsam
+  document.querySelectorAll('.filterable').forEach(item => {
+    const rows = [...item.querySelectorAll('tbody tr')], title = (item.dataset.title || '').toLowerCase();
+    const named = new Set(rows.flatMap(row => row.dataset.words.toLowerCase().split('/')));
+    rows.forEach(row => {
+      const text = (row.dataset.words + ' ' + row.textContent).toLowerCase();
+      row.hidden = !words.every(w => text.includes(w) || title.includes(w) && !named.has(w));
+    });
+  });
+  document.querySelectorAll('[data-of]').forEach(row => {
+    row.hidden = document.getElementById(row.dataset.of).hidden;
   });
 };
 addEventListener('hashchange', reveal); reveal();
@@ -168,7 +176,7 @@ def tiles(parts: list[Part], rows: dict[str, Row]) -> str:
         (f"{verdicts['below']}", "below"),
         (f"{verdicts['above']}", "above"),
         (f"{verdicts['not in our sources']}", "not in our sources"),
-        (f"{sum(r.get('hours', 0) for r in rows.values()):.3g} h", "processor hours"),
+        (f"{hours_words(sum(r.get('hours', 0) for r in rows.values()))} h", "processor hours"),
     ]
     return '<div class="tiles">' + "".join(f'<div class="tile"><b>{n}</b>{t}</div>' for n, t in numbers) + "</div>"
 
@@ -182,7 +190,7 @@ def overview(parts: list[Part]) -> str:
         counts = [len(part.table.rows), len(part.rows), len(part.runs)]
         counts += [words[w] for w in head[4:]]
         name = f'<td class="left"><a href="#{part.table.name}">{escape(part.table.title)}</a></td>'
-        lines.append(f"<tr>{name}{''.join(cell(str(c or '–')) for c in counts)}</tr>")
+        lines.append(f'<tr data-of="{part.table.name}">{name}{"".join(cell(str(c or "–")) for c in counts)}</tr>')
     titles = "".join(f"<th>{h}</th>" for h in head)
     return (
         f'<div class="scroll wide"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
@@ -195,16 +203,19 @@ def table_part(part: Part) -> str:
     state = f"cannot be planned yet: {part.problem}" if part.problem else f"{len(part.rows)} of {len(part.runs)} runs"
     head = f'<summary><h3>{escape(t.title)}</h3> <span class="soft">{escape(state)}</span></summary>'
     words = escape(
-        " ".join([t.name, t.title, *(f"{r.id} {r.model} {r.method} {' '.join(r.warnings)}" for r in t.rows)])
+        " ".join(
+            [t.name, t.title, *t.warnings, *(f"{r.id} {r.model} {r.method} {' '.join(r.warnings)}" for r in t.rows)]
+        )
     )
+    title = escape(" ".join([t.name, t.title, *t.warnings]))  # words that every row answers to
     opened = " open" if part.rows or t.name == "table1" else ""
     inner = f'<p class="soft">{escape(t.source)}</p>'
     if part.found:
         s = sheet_of(t, part.found)
-        links = [f"#{o.ledger[0]['run_id']}" if o.ledger else "" for o in part.found]
-        inner += grid(s, links) + notes(s)
+        runs = [{str(row["seed"]): row["run_id"] for row in o.ledger} for o in part.found]
+        inner += grid(s, runs, [o.row.id for o in part.found]) + notes(s)
     return (
-        f'<details id="{t.name}" class="filterable" data-words="{words}" data-title="{escape(t.name + " " + t.title)}"'
+        f'<details id="{t.name}" class="filterable" data-words="{words}" data-title="{title}"'
         f"{opened}>{head}{inner}</details>"
     )
 
@@ -259,7 +270,7 @@ def costs(parts: list[Part]) -> str:
         cells = [
             f"{sum(c.images for c in known):.3g}",
             f"{eflop:.3g}" if eflop else "–",
-            f"{spent:.3g}" if spent else "–",
+            hours_words(spent) if spent else "–",
         ]
         lines.append(
             f'<tr><td class="left">{escape(part.table.title)}</td>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'

@@ -174,12 +174,18 @@ def footnotes_of(table: Table) -> list[str]:
     return [*table.notes, *said, *(f"{w}: {titles.get(w, 'see docs/DEVIATIONS.md')}" for w in sorted(cited))]
 
 
+def hours_words(hours: float) -> str:
+    """Two digits, all of them from 100 on: 0.073, 12, 4,300."""
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
+
+
 def sentences_of(p: Provenance | None) -> list[str]:
     """Provenance in a few lines; without it no number may be printed."""
     if p is None:
         return ["No run is in the ledger yet."]
     return [
-        f"{p.runs} runs, seeds {', '.join(map(str, p.seeds))}, {p.hours:.2g} processor hours, {' to '.join(p.dates)}",
+        f"{p.runs} runs, seeds {', '.join(map(str, p.seeds))}, {hours_words(p.hours)} processor hours, "
+        f"{' to '.join(p.dates)}",
         f"commit {', '.join(p.commits)}; {'; '.join(p.hardware)}; {', '.join(p.versions)}",
         "Intervals: 95 %, Student's t over seeds (their number in brackets); they hold no error of the test set. "
         "p: two-sided paired t-test, not corrected for the number of comparisons.",

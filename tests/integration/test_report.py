@@ -81,6 +81,16 @@ def test_the_filter_keeps_the_rows_that_hold_all_words(folder: Path) -> None:
 
 
 @needs_browser
+@pytest.mark.parametrize(("typed", "seen"), [("vit_b32 gsam", "1 true"), ("D-01", "5 true"), ("D-16", "1 true")])
+def test_the_filter_knows_row_ids_and_deviations(folder: Path, typed: str, seen: str) -> None:
+    script = f"""
+      const box = document.getElementById('filter'); box.value = '{typed}'; box.oninput();
+      document.title = [...document.querySelectorAll('#table6 tbody tr')].filter(r => !r.hidden).length + ' '
+        + document.querySelector('[data-of=demo]').hidden;"""
+    assert browse(folder, script) == seen
+
+
+@needs_browser
 def test_curves_are_drawn_inside_their_frames_and_links_lead_to_runs(folder: Path) -> None:
     script = """
       document.querySelectorAll('details').forEach(d => d.open = true);
