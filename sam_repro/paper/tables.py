@@ -198,9 +198,10 @@ def sentences_of(p: Provenance | None) -> list[str]:
 def markdown(table: Table, found: list[Outcome]) -> str:
     """GitHub's Markdown, its columns padded so that it also reads well on a terminal."""
     s = sheet_of(table, found)
-    widths = [max(map(len, column)) for column in zip(s.header, *s.lines, strict=True)]
+    header, *lines = ([text.replace("|", r"\|") for text in line] for line in (s.header, *s.lines))
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     out = [f"### {s.title}", "", f"Source: {s.source}", ""]
-    for line in (s.header, ["-" * width for width in widths], *s.lines):
+    for line in (header, ["-" * width for width in widths], *lines):
         out.append("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |")
     for part in (s.orders, s.footnotes, s.provenance):
         out += ["", *(f"* {sentence}" for sentence in part)] if part else []
@@ -233,7 +234,7 @@ def latex(table: Table, found: list[Outcome]) -> str:
 TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "²": "$^2$"}
 TEX |= {"±": r"$\pm$", "×": r"$\times$", "<": "$<$", ">": "$>$", "⊥": r"$\perp$", "ε": r"$\epsilon$"}
 TEX |= {"θ": r"$\theta$", "ρ": r"$\rho$", "α": r"$\alpha$", "λ": r"$\lambda$", "σ": r"$\sigma$", "η": r"$\eta$"}
-TEX |= {c: "\\" + c for c in "&%$#_{}"}
+TEX |= {"|": "$|$"} | {c: "\\" + c for c in "&%$#_{}"}
 
 
 def tex(text: str) -> str:

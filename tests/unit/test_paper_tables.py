@@ -136,6 +136,14 @@ def test_markdown_of_the_demo(ledger: Path, capsys: pytest.CaptureFixture[str]) 
     assert "commit 01234567" in text and "CPU test" in text and "seeds 0, 1, 2" in text
 
 
+def test_a_bar_in_a_title_is_no_column() -> None:
+    table = parse_table(
+        "t", BASE | {"columns": {"val": {"title": "|cos|"}}, "rows": [{"id": "m/g", "model": "M", "method": "G"}]}
+    )
+    head, rule = [line for line in render(table, outcomes(table), "md").splitlines() if line.startswith("|")][:2]
+    assert r"\|cos\|" in head and head.replace(r"\|", "").count("|") == rule.count("|")
+
+
 def test_csv_is_one_line_a_number(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["table", "demo", "--ledger", str(ledger), "--format", "csv"])
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
