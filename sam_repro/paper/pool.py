@@ -156,7 +156,11 @@ class Pool:
         while (r := self.take()) is not None:
             if worker is None:
                 log = Path(r.config.log.runs_dir) / "pool" / f"worker-{number}.log"
-                worker = Worker(self.slots[number], self.per_gpu, self.threads, log)
+                try:
+                    worker = Worker(self.slots[number], self.per_gpu, self.threads, log)
+                except OSError as error:  # no folder for the log, no memory for a process
+                    self.finish(r, {"status": "failed", "why": f"no worker could be started: {error}"})
+                    continue
                 self.workers[number] = worker
             answer = worker.do({"overrides": list(r.overrides), "ledger": str(self.ledger_dir or "")})
             if answer["status"] in ("died", "stopped"):

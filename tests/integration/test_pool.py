@@ -79,6 +79,13 @@ def test_a_failing_run_is_told_and_its_worker_goes_on(tmp_path: Path, capsys: py
     assert set(rows(tmp_path)) == {"vanilla"}
 
 
+def test_workers_that_cannot_start_fail_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    name = table(tmp_path, "t", methods("vanilla", "sam"))
+    assert main(["run", name, "--per-gpu", "2"]) == 1
+    assert capsys.readouterr().err.count("failed after 0 s: no worker could be started") == 2
+
+
 def test_a_row_takes_the_winner_of_a_sweep_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = {"id": "vit/sam", "overrides": ["optim=sam", "data.train_fraction=0.8"], "grid": {"recipe.lr": [0.01, 1e-9]}}
     sweep = table(tmp_path, "sweep", [grid], "recipe.steps=30", select="minival")
