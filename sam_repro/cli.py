@@ -11,7 +11,7 @@ from importlib import import_module
 
 from sam_repro import __version__
 from sam_repro.config import nearest
-from sam_repro.errors import UserError
+from sam_repro.errors import RankLost, UserError
 
 # name: (module, what it does, in one line)
 COMMANDS = {
@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.add_arguments(parser)
         return module.run(parser.parse_args(rest)) or 0
-    except UserError as error:
+    except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except ModuleNotFoundError as error:  # the paper half was installed alone
         if error.name is None or error.name.startswith("sam_repro"):
             raise

@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from sam_repro.errors import UserError
-from sam_repro.heartbeat import Heart, RankLost, Waits, attempt, first_line, open_store
+from sam_repro.errors import RankLost, UserError
+from sam_repro.heartbeat import Heart, Waits, attempt, first_line, open_store
 
 # The heartbeat notices a lost rank first and says which; this is for where it cannot.
 MARGIN = timedelta(minutes=2)

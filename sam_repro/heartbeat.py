@@ -21,17 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sam_repro.errors import RankLost
+
 BEAT = 5.0  # seconds between signs of life
 SILENT = 60.0  # without a sign of life for this long, the process is dead or stopped
-LOST = os.EX_TEMPFAIL  # 75, the exit code of a rank whose peers are gone: the same command may well work again
-
-
-class RankLost(Exception):
-    """Another rank died, hangs or gave up; the message says which and why."""
-
-    def __init__(self, sentence: str, code: int = LOST):
-        super().__init__(sentence)
-        self.code = code  # for this rank to exit with
 
 
 class Heart:

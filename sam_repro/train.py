@@ -23,9 +23,8 @@ from sam_repro.config import Config, config_dir, config_hash, explain, register_
 from sam_repro.data.augment import cutout, mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
-from sam_repro.errors import UserError
+from sam_repro.errors import RankLost, UserError
 from sam_repro.evaluate import count_correct, evaluate_sets
-from sam_repro.heartbeat import RankLost
 from sam_repro.initial import start_from
 from sam_repro.log import RunLog, read_log
 from sam_repro.models import build_model

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from sam_repro import heartbeat
 from sam_repro.distributed import init_ranks
-from sam_repro.heartbeat import LOST
+from sam_repro.errors import LOST
 from sam_repro.log import read_log
 
 LONG = ("recipe.steps=4000", "train.log_every=1", "train.save_every_steps=0", "train.eval_every_epochs=0")

@@ -23,7 +23,7 @@ ALLOWED = {
     "layers": set(),
     "initial": {"errors"},
     "distributed": {"errors", "heartbeat"},
-    "heartbeat": set(),
+    "heartbeat": {"errors"},
     "failure": {"lock"},
     "tracking": {"config"},
     "checkpoint": {"errors"},
