@@ -82,16 +82,17 @@ def resolve_decode(
 ) -> tuple[str, str]:
     """(name of the decoder on the GPU, or '' for the processor; the reason) for training images.
 
-    Evaluation always decodes on the processor, so that published counts do not depend on a GPU's decoder.
+    Evaluation always decodes on the processor, so that published counts do not depend on a GPU's decoder. "auto" does
+    the same in training until somebody has measured the GPU's decoder to be faster (benchmarks/loader.py).
 
     Raises UserError when data.decode forces what cannot be.
     """
     if data.decode not in ("auto", "cpu", "gpu"):
         raise UserError(f"data.decode={data.decode} does not exist (choices: auto, cpu, gpu)")
-    if data.decode == "cpu":
-        return "", "data.decode=cpu was asked for"
+    if data.decode != "gpu":
+        return "", "decoded on the processor"
     decoder = ""
-    if data.backend == "memory" or (data.decode == "auto" and data.backend != "auto"):
+    if data.backend == "memory":
         obstacle = f"data.backend={data.backend} was asked for"
     elif device.type != "cuda":
         obstacle = "this run is on the CPU"
@@ -105,9 +106,9 @@ def resolve_decode(
         from sam_repro.data.gpu_decode import find_decoder
 
         decoder, obstacle = find_decoder(device)
-    if not decoder and data.decode == "gpu":
+    if not decoder:
         raise UserError(f"data.decode=gpu is impossible: {obstacle}")
-    return decoder, f"decoded on the GPU by {decoder}" if decoder else f"decoded on the processor, since {obstacle}"
+    return decoder, f"decoded on the GPU by {decoder}"
 
 
 def build_loader(

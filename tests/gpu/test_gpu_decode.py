@@ -19,6 +19,7 @@ from sam_repro.data.datasets import BetonSource
 from sam_repro.data.gpu_crop import crop_batch, taps_of
 from sam_repro.data.gpu_decode import DECODERS, find_decoder
 from sam_repro.data.manifest import write_manifest
+from sam_repro.errors import UserError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CUDA = torch.device("cuda", 0)
@@ -127,11 +128,10 @@ def test_batches_are_right_while_the_gpu_is_busy(root):
     gpu.close()
 
 
-def test_auto_decodes_on_the_gpu_unless_that_is_impossible(root):
-    data = DataConfig(name="x", root=str(root), num_classes=10)
+def test_the_gpu_s_decoder_is_taken_where_asked_for(root):
+    data = DataConfig(name="x", root=str(root), num_classes=10, decode="gpu")
     light, source = AugmentConfig(name="light"), BetonSource(root / "train.beton")
     geometry = training_geometry(data, light)
     assert resolve_decode(data, light, source, geometry, CUDA)[0] == find_decoder(CUDA)[0] != ""
-    decoder, reason = resolve_decode(data, replace(light, randaugment=10), source, geometry, CUDA)
-    assert not decoder and "RandAugment" in reason
-    assert make(root, "auto").backend == "torch"  # which was asked for
+    with pytest.raises(UserError, match="RandAugment"):
+        resolve_decode(data, replace(light, randaugment=10), source, geometry, CUDA)

@@ -158,9 +158,9 @@ def test_components_of_a_frame_header():
 
 def test_where_to_decode_is_chosen_with_a_reason(path):
     source, geometry, cuda = BetonSource(path), training_geometry(DATA, LIGHT), torch.device("cuda")
-    decoder, reason = resolve_decode(DATA, LIGHT, source, geometry, CPU)
-    assert decoder == "" and reason == "decoded on the processor, since this run is on the CPU"
-    assert resolve_decode(replace(DATA, decode="cpu"), LIGHT, source, geometry, cuda)[0] == ""
+    for where in ("auto", "cpu"):
+        decided = resolve_decode(replace(DATA, decode=where), LIGHT, source, geometry, cuda)
+        assert decided == ("", "decoded on the processor")
     assert find_decoder(CPU) == ("", "it needs an NVIDIA GPU")
     forced = replace(DATA, decode="gpu")
     pad = training_geometry(DATA, replace(LIGHT, crop="pad"))
