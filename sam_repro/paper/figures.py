@@ -182,8 +182,7 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
     """One panel a column, one line a series, its points at the rows' x."""
     panels = columns_of(table)
     figure, axes = panels_figure(table, found, len(panels))
-    series = list(dict.fromkeys(o.row.series for o in found))
-    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(series)}
+    colours = colours_of_series(found)
     for ax, column in zip(axes, panels, strict=True):
         ax.set_title(column.title + (f", {column.unit}" if column.unit else ""))
         ax.set_xlabel(table.figure.get("x_title", ""))
@@ -193,8 +192,9 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
             ax.set_xticks(at, [f"{x:g}" for x in at], minor=False)
             ax.set_xticks([], minor=True)
         ends = []
-        for name in series:
-            points = sorted((o.row.x, cell_of(o, column)) for o in found if o.row.series == name)
+        for name in colours:
+            points = [(o.row.x, cell_of(o, column)) for o in found if o.row.series == name and o.row.x is not None]
+            points.sort(key=lambda point: point[0])
             ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
             if ours:
                 xs, means, halves = zip(*[(x, at.mean, at.half or 0.0) for x, at in ours], strict=True)
@@ -203,8 +203,26 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
             for x, cell in points:
                 if isinstance(cell.printed, (int, float)):
                     ax.plot(x, cell.printed, **PRINTED)
+        for o in found:  # without an abscissa: a level to compare with
+            level = cell_of(o, column).ours
+            if o.row.x is None and level is not None:
+                ax.axhline(level.mean, color=colours[o.row.series], linestyle="--", linewidth=1.2)
+                right = max((r.row.x for r in found if r.row.x is not None), default=1)
+                ends.append((right, level.mean, o.row.series, colours[o.row.series]))
         empty_or_labels(ax, ends, found)
     return figure
+
+
+def colours_of_series(found: list[Outcome]) -> dict[str, str]:
+    """{series: colour}: the method's own where methods differ and it is not taken, else the next of the palette."""
+    own = colours_of([o.row.method_id for o in found])
+    colours: dict[str, str] = {}
+    for o in found:
+        if o.row.series not in colours:
+            first = own[o.row.method_id] if len(own) > 1 else PALETTE[0]
+            free = [c for c in (first, *PALETTE) if c not in colours.values()]
+            colours[o.row.series] = free[0] if free else PALETTE[len(colours) % len(PALETTE)]
+    return colours
 
 
 # ---- dots: methods beside each other -------------------------------------------------------------------------------

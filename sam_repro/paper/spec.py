@@ -22,7 +22,7 @@ rows:     list of
     origin:    who measured the printed number, where it was not the paper
     warnings:  deviation ids
     seeds:     where it differs from the table's
-    series, x: the line and the abscissa in a figure of kind `sweep`
+    series, x: the line and the abscissa in a figure of kind `sweep`; a row without x is a level across it
     grid:      {key: [values]}: the row stands for all combinations; `x: <key>` takes the abscissa from it, and
                `series: "alpha {optim_alpha}"` its name
     tuned:     <table>:<model>/<method>, a sweep: the row takes the point that won it on the sweep's `select`, and has

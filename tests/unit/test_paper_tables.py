@@ -13,12 +13,13 @@ from scipy import stats as scipy_stats
 
 from sam_repro.cli import main
 from sam_repro.ledger import write_row
+from sam_repro.paper.figures import colours_of_series, draw
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.report import Part, assemble
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import load_table, parse_table
 from sam_repro.paper.stats import compare, interval, verdict
-from sam_repro.paper.style import spread
+from sam_repro.paper.style import METHODS, spread
 from sam_repro.paper.tables import render
 
 BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
@@ -177,6 +178,19 @@ def test_figures_are_written_and_the_same_each_time(ledger: Path, tmp_path: Path
 def test_every_kind_of_figure_is_drawn_before_any_run(name: str, tmp_path: Path) -> None:
     assert main(["figures", name, "--ledger", str(tmp_path), "--output", str(tmp_path)]) == 0
     assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_a_row_without_abscissa_is_a_level_and_methods_keep_their_colours(tmp_path: Path) -> None:
+    table = load_table("fig7")
+    for row in table.rows:
+        write_rows(tmp_path, runs_of(table, row), [250 + 10 * row.id.startswith("vit_b32/gsam")])
+    found = outcomes(table, tmp_path)
+    colours = colours_of_series(found)
+    assert colours["SAM by ρ"] == METHODS["sam"] and colours["GSAM by ρ"] == METHODS["gsam"]
+    assert len(set(colours.values())) == 5
+    (ax,) = draw(table, found).axes
+    levels = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert [line.get_color() for line in levels] == [colours["Vanilla"], colours["SAM"]]
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap() -> None:

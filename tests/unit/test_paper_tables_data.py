@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from sam_repro.config import Config, compose_config, validate
 from sam_repro.paper import check
 from sam_repro.paper.check import table4_problems
+from sam_repro.paper.estimate import cost_of
 from sam_repro.paper.runs import Run, runs_of
 from sam_repro.paper.spec import UNREADABLE, load_table, table_names
 
@@ -119,3 +121,22 @@ def test_every_deviation_that_a_table_cites_is_documented() -> None:
         table = load_table(name)
         for cited in {*table.warnings, *(w for row in table.rows for w in row.warnings)}:
             assert re.fullmatch(r"D-\d\d", cited) and cited in deviation_titles(), f"{name}: {cited}"
+
+
+@pytest.mark.parametrize("name", [n for n in table_names("paper") if n not in ("demo", "eigen_lambda", "table4")])
+def test_the_guide_counts_runs_and_eflop_as_the_tables_do(name: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "REPRODUCTION.md").read_text()
+    line = next(
+        (line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[2]), None
+    )
+    table = load_table(name)
+    runs = {run.run_id: run for row in table.rows for run in runs_of(table, row)}
+    if line is None:  # what reviewers asked for has a sentence
+        assert f"`{name}`" in text
+        return
+    cells = line.split("|")
+    place = re.findall(r"`(\w+)`", cells[2]).index(name)
+    numbers = [[int(n.replace(",", "")) for n in re.findall(r"\d{1,3}(?:,\d{3})*", c)] or [0] for c in cells[3:5]]
+    assert numbers[0][place] == len(runs)
+    if not name.startswith("eigen"):
+        assert numbers[1][place] == pytest.approx(sum(cost_of(r, []).eflop or 0 for r in runs.values()), rel=0.02)
