@@ -63,13 +63,18 @@ class Heart:
                 self.end(lost)
             self.stopped.wait(BEAT)
 
-    def look(self) -> RankLost | None:
-        """Publish, read the others; what to say if one of them is lost or this rank is stuck."""
+    def look(self, *, in_trouble: bool = False) -> RankLost | None:
+        """Publish, read the others; what to say if one of them is lost or this rank is stuck.
+
+        Rank 0 reads all, the others rank 0, which ends when one is lost: the store's load grows with the ranks, not
+        with their square. In trouble everybody wants to know more.
+        """
         self.me["beat"] += 1
         now = time.monotonic()
+        stuck = now - self.moved > self.limit
         try:
             self.store.set(f"beat/{self.rank}", json.dumps(self.me))
-            for rank in range(self.world):
+            for rank in range(self.world if self.rank == 0 or stuck or in_trouble else 1):
                 if rank != self.rank and self.store.check([f"beat/{rank}"]):
                     said = json.loads(self.store.get(f"beat/{rank}"))
                     if said["beat"] != self.peers.get(rank, {}).get("beat"):
@@ -83,9 +88,8 @@ class Heart:
             if now - self.heard[rank] > SILENT:
                 where = f"for {SILENT:.0f} s, after step {said['step']}"
                 return RankLost(f"{self.name(rank)} has given no sign of life {where}")
-        if now - self.moved > self.limit:
-            stuck = f"no progress for {now - self.moved:.0f} s at step {self.me['step']}"
-            return RankLost(f"{stuck}: {self.culprits()}")
+        if stuck:
+            return RankLost(f"no progress for {now - self.moved:.0f} s at step {self.me['step']}: {self.culprits()}")
         return None
 
     def culprits(self) -> str:
@@ -112,7 +116,7 @@ class Heart:
         """What to say of a collective that failed: what a peer said before it left, else the error."""
         self.stop()
         for _ in range(4):
-            lost = self.look()
+            lost = self.look(in_trouble=True)
             if lost:
                 return lost
             time.sleep(0.5)

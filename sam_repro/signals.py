@@ -10,6 +10,12 @@ class Interrupted(SystemExit):
     """The run was told to stop, and saved; the exit code is 128 + the signal, as a shell expects."""
 
 
+def ignore_signals() -> None:
+    """Nothing is left to stop: a second signal must not change the exit code of a process that has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignal:
     """Remembers SIGTERM, SIGUSR2 (SLURM's warning) or Ctrl-C until the step is over."""
 

@@ -33,7 +33,7 @@ from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups
 from sam_repro.schedules import batches, lr_schedule_of, rho_of, step_seed
 from sam_repro.setup import find_state, hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
 from sam_repro.sharpness.monitor import Monitor
-from sam_repro.signals import Interrupted, StopSignal
+from sam_repro.signals import Interrupted, StopSignal, ignore_signals
 from sam_repro.summary import curves, lag, model_card, rates, report
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
@@ -314,6 +314,9 @@ def cli() -> None:
 
     try:
         run()
+    except Interrupted:
+        ignore_signals()
+        raise
     except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(failure.exit_code(error))
