@@ -107,7 +107,7 @@ def _pool_backward(dy, index, dx, height, width, out_height, out_width, C: tl.co
     total = tl.zeros([W, C], tl.float32)
     for k in tl.static_range(4):  # an even coordinate lies in one window, an odd one in two
         i, j = (h + k // 2) // 2, (w + k % 2) // 2
-        inside = (k // 2 == 0 or h % 2 == 1) & ((k % 2 == 0) | (w % 2 == 1)) & (i < out_height) & (j < out_width)
+        inside = (h % 2 >= k // 2) & (w % 2 >= k % 2) & (i < out_height) & (j < out_width)
         place = ((image * out_height + i) * out_width + j) * C + c
         chosen = tl.load(index + place, inside, other=-1).to(tl.int32)
         value = tl.load(dy + place, inside, other=0.0).to(tl.float32)

@@ -148,7 +148,8 @@ class PowerIteration:
         *images, buffers, seed = chunk
         if not self.compiled:
             torch.manual_seed(seed)  # the same dropout masks in every product
-        return self.objective(leaves | {name: b.clone() for name, b in buffers.items()}, *images)
+        copies = {name: b.clone() for name, b in buffers.items()}
+        return self.objective({**leaves, **copies}, *images)  # torch 2.6 cannot compile | of dictionaries
 
     def _chunks(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """The images of this rank, in passes of m."""

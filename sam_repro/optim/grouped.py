@@ -124,4 +124,4 @@ def spread_loose(tensors: dict[str, Tensor], loose: dict[str, int], images: int)
             groups, one, *rest = p.shape
             assert one == 1, f"{name} cannot be given image by image"
             spread[name] = p.expand(groups, images // groups, *rest).reshape(images, *rest)
-    return tensors | spread
+    return {**tensors, **spread}  # torch 2.6 cannot compile | of dictionaries

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from sam_repro.config import compose_config
 from sam_repro.models import PatchLinear, build_model
-from sam_repro.objective import forward_of, loss_of
+from sam_repro.objective import objective_of
 from sam_repro.optim.grouped import accept_groups
 
 GROUPS, M = 3, 2
@@ -20,11 +20,7 @@ def problem(name: str):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    forward, loss = forward_of(cfg, model, torch.device("cpu"), bf16=False), loss_of(cfg)
-
-    def objective(tensors, images, labels):
-        return loss(forward(tensors, images), labels)
-
+    objective = objective_of(cfg, model, torch.device("cpu"), bf16=False)
     images = torch.randint(0, 256, (GROUPS * M, 3, 64, 64), dtype=torch.uint8)
     return model, objective, images, torch.randint(0, 5, (GROUPS * M,))
 
@@ -61,3 +57,11 @@ def test_which_models_take_groups():
         keys = list(model.state_dict())
         assert accept_groups(model, (PatchLinear,)) == loose
         assert accept_groups(model, (PatchLinear,)) == loose and list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ["vit_s32", "resnet50"])
+def test_what_is_compiled_is_one_graph(name):
+    """A break would cost fusion and a CUDA graph's worth of launches, and nobody would see it."""
+    model, objective, images, labels = problem(name)
+    found = torch._dynamo.explain(objective)(dict(model.float().named_parameters()), images, labels)
+    assert found.graph_count == 1 and not found.break_reasons
