@@ -114,6 +114,14 @@ def test_methods_named_in_an_order_exist() -> None:
         assert set(table.order) <= {row.method_id for row in table.rows}, name
 
 
+def test_what_chooses_is_held_out_of_training() -> None:
+    for table in map(load_table, table_names()):
+        for row in table.rows if table.select else ():
+            assert all(run.config.data.train_fraction < 1 for run in runs_of(table, row, seeds=1)), table.name
+        if "search" in table.name:
+            assert table.select == "minival" and "val" not in {c.name for c in table.columns}
+
+
 def test_every_deviation_that_a_table_cites_is_documented() -> None:
     from sam_repro.paper.deviations import deviation_titles
 
