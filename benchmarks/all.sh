@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU benchmark of this folder, in the order that wastes least of a short lease:
+# Every GPU benchmark of this folder, in the order that wastes least of a short slot:
 #
 #   benchmarks/all.sh results/benchmarks [folder with the peers]        (IMAGES=photographs.zip adds the loaders)
 #
