@@ -64,7 +64,6 @@ def run(args: Namespace) -> int:
         model.to(ranks.device).eval()
         forward = forward_of(cfg, model, ranks.device, bf16=args.bf16)
         counts = evaluate_sets(lambda x: forward({}, x), cfg.data, names, ranks, progress=ranks.main)
-        ranks.finish()
     finally:
         ranks.close()
     if ranks.main:

@@ -78,7 +78,6 @@ def run(args: Namespace) -> int:
         ranks = init_ranks(args.device)
         try:
             numbers, draw = of_weights(args, folder, ranks)
-            ranks.finish()
         finally:
             ranks.close()
         if not ranks.main:

@@ -86,7 +86,7 @@ def finishing(rank: int, port: str) -> None:
     """One of two ranks; rank 0 has more to do at the end than a rank may be silent for."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     heartbeat.BEAT, heartbeat.SILENT = 0.2, 1.0
-    ranks = init_ranks("cpu")
+    ranks = init_ranks("cpu", watch_minutes=1)
     if rank == 0:
         time.sleep(3)
     ranks.finish()
