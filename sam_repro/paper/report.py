@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
+from tqdm import tqdm
+
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row
 from sam_repro.paper.chart import line_chart
@@ -118,8 +120,11 @@ def report(names: list[str], ledger_dir: Path | None = None) -> str:
 
 def parts_of(names: list[str], ledger_dir: Path | None = None) -> list[Part]:
     """The tables joined with the ledger; one that does not compose is reported as such instead of ending it all."""
+    if ledger_dir is not None and not ledger_dir.is_dir():
+        raise UserError(f"there is no folder {ledger_dir} with ledger rows")
     parts = []
-    for name in names or sorted((n for n in table_names() if n != "demo"), key=place):
+    every = names or sorted((n for n in table_names() if n != "demo"), key=place)
+    for name in tqdm(every, desc="tables", leave=False, disable=None):  # composing them all takes a while
         table = load_table(name)
         try:
             parts.append(Part(table, outcomes(table, ledger_dir)))

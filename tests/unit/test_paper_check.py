@@ -66,26 +66,3 @@ def test_an_impossible_row_is_found(tmp_path: Path, change: dict, words: str) ->
     assert any(words in problem for problem in rows_problems(tmp_path))
     path.write_text("{")
     assert "is not a ledger row" in next(rows_problems(tmp_path))
-
-
-def test_status_counts_and_shows_runs_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ledger = tmp_path / "ledger"
-    text = (Path(report.__file__).parents[2] / "results" / "paper" / "demo.yaml").read_text()
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(text.replace("[experiment=demo]", f"[experiment=demo, log.runs_dir={tmp_path}]"))
-    table = load_table(str(mine))
-    first, second, third = runs_of(table, table.rows[0])
-    write_rows(ledger, [first], [330])
-    for run, lock in ((second, True), (third, False)):
-        folder = tmp_path / run.run_id
-        folder.mkdir()
-        (folder / "log.jsonl").write_text('{"step": 22, "loss": 1.5, "eta": 60.0}\n{"step": 22, "eval": "val"}\n')
-        if lock:
-            (folder / "lock").write_text("{}")
-    assert main(["status", str(mine), "--ledger", str(ledger), "--json"]) == 0
-    counts = json.loads(capsys.readouterr().out)["mine"]
-    assert counts == {"done": 1, "diverged": 0, "running": 1, "missing": 7, "hours": 0.01}
-    main(["status", str(mine), "--ledger", str(ledger)])
-    out = capsys.readouterr().out
-    assert f"{second.run_id}: running at step 22, loss 1.5000, 0:01:00 left" in out
-    assert f"{third.run_id}: interrupted at step 22" in out
