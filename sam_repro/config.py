@@ -97,7 +97,7 @@ class DataConfig:
     label_noise: float = 0.0  # training: the fraction of labels replaced by another class, uniformly
     train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
     backend: str = "auto"  # ffcv | torch | memory (decoded once, kept on the device) | auto
-    decode: str = "auto"  # training images: cpu | gpu (its JPEG engines) | auto: cpu, as long as nobody measured
+    decode: str = "auto"  # training images: cpu | gpu (its JPEG engines: other roundings) | auto: cpu
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
     antialias: bool = False  # training crop: area-average instead of plain bilinear
     eval_batch_size: int = 256  # of this rank
@@ -148,7 +148,6 @@ MACHINE_KEYS = (
     "optim.groups",
     "data.root",
     "data.backend",
-    "data.decode",
     "data.workers",
     "data.eval_batch_size",
     "data.eval_sets",

@@ -95,7 +95,8 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:  # gloo's and NCCL's word for a peer that is gone
-            if self.heart is None:
+            ours = isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
+            if self.heart is None or ours:
                 raise
             raise self.heart.why(error) from error
         finally:

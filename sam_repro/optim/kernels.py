@@ -36,6 +36,7 @@ class Table:
         self.rows = torch.zeros(SLOTS, len(sizes), dtype=torch.int64, device=device)
         self.known: dict[tuple[int, ...], int] = {}
         self.pending: list[tuple[int, ...]] = []
+        self.captured = False  # whether a graph reads the rows
 
     def of(self, tensors: list[Tensor]) -> Tensor:
         """The addresses of `tensors` on the device; kept, since addresses repeat from step to step.
@@ -47,10 +48,13 @@ class Table:
         if key not in self.known:
             assert not self.aligned or all(p % 16 == 0 for p in key), "gradients must start at 16-byte addresses"
             if len(self.known) == SLOTS:
+                assert not self.captured, "more pointer lists than slots, and a graph reads them"
                 self.known.clear()
             self.known[key] = len(self.known)
             self.pending.append(key)
-        if not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured = True
+        else:
             self.flush()
         return self.rows[self.known[key]]
 
