@@ -4,7 +4,8 @@ Three things make it cheap. (1) What a product reads is kept in the dtype that i
 leaves of matrices and convolutions are bf16 tensors, so no pass casts them and their gradients move half the bytes. The
 values are those of autocast, which rounds w + eps to bf16 in the same way. (2) Norm, perturbation, inner products
 and combination are one fused pass each (kernels.py). (3) Everything between the input copy and the gradient is
-captured once in a CUDA graph and replayed; in two graphs, with the perturbation between them, where that is not SAM's.
+captured once in a CUDA graph and replayed; in two, with the perturbation between them, where that is neither SAM's nor
+Eigen-SAM's.
 
 Groups of m images run either one after the other ("loop") or all at once ("batched", grouped.py): in the clean pass
 they share the weights, in the robust pass every layer multiplies each group with its own.
