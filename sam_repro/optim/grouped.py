@@ -14,6 +14,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+
+# GroupProduct is pure, and its body part of the key of a cache. By default code with such a function is not cached.
+if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):  # not in torch 2.6
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,6 +19,8 @@ from sam_repro.errors import UserError
 from sam_repro.lock import Held
 from sam_repro.signals import Interrupted
 
+KEEP = 16  # runs after which a worker forgets its compiled code
+
 
 def main() -> None:
     """Answer until stdin ends or a run was told to stop."""
@@ -26,12 +28,12 @@ def main() -> None:
         signal.signal(number, leave)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    for line in sys.stdin:
+    for runs, line in enumerate(sys.stdin, 1):
         answer = attempt(json.loads(line))
         answers.write(json.dumps(answer) + "\n")
         if answer["status"] == "stopped":
             return
-        fresh()
+        fresh(keep_code=runs % KEEP != 0)
 
 
 def leave(number: int, frame: Any) -> None:
@@ -63,18 +65,22 @@ def attempt(task: dict[str, Any]) -> dict[str, str]:
         }
 
 
-def fresh() -> None:
-    """Forget the last run's compiled code and memory.
+def fresh(*, keep_code: bool = False) -> None:
+    """Forget the last run's memory and its compiled code; or keep the code, which a run of the same shapes then uses.
 
-    torch.compile keeps a limited number of variants of a function and then falls back to eager code without a word; a
-    run's own graphs come back from the compile cache on disk.
+    torch.compile traces a ViT for half a minute even where everything it makes is cached on disk. It keeps a limited
+    number of variants of a function, and beyond that falls back to eager code without a word: the limit is raised to
+    what KEEP runs can need.
     """
     torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch is None:
+        return
+    torch._dynamo.config.recompile_limit = 8 * KEEP
+    if not keep_code:
         torch._dynamo.reset()
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -107,3 +107,33 @@ def test_a_plan_runs_as_its_table_does(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["run", str(tmp_path / "plan.tsv")]) == 0
     assert main(["run", name]) == 0
     assert "0 to go" in capsys.readouterr().err and len(rows(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_compiled_code_of_a_worker_s_former_runs_changes_nothing(tmp_path: Path) -> None:
+    compiled = [
+        "train.compile=true",
+        "recipe.steps=6",
+        "train.log_every=1",
+        "optim=gsam",
+        "optim.m=4",
+        "sharpness.images=0",
+    ]
+    kinds = {
+        "a": [],
+        "smooth": ["recipe.label_smoothing=0.2"],
+        "other": ["model.alpha=0.9"],
+        "mean": ["data.mean=[0.1,0.2,0.3]"],
+    }
+    rows = [{"id": f"vit/{name}", "overrides": [*more, "recipe.loss=softmax"]} for name, more in kinds.items()]
+
+    def losses(name: str, rows: list[dict]) -> dict[str, list]:
+        folder = tmp_path / name
+        folder.mkdir()
+        assert main(["run", table(folder, name, rows, *compiled), "--per-gpu", "1"]) == 0
+        return {r["run_id"]: r["curves"]["train"]["loss"] for r in read_ledger(folder / "ledger")}
+
+    together = losses("together", rows)
+    alone = [losses(f"alone{i}", [row]) for i, row in enumerate(rows)]
+    assert together == {k: v for one in alone for k, v in one.items()}
+    assert len({tuple(v) for v in together.values()}) == len(kinds)
