@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,14 @@ def measure_loader(cfg: Config) -> Entry:
     loader = build_loader(
         cfg.data, cfg.augment, split="train", training=True, batch_size=batch, seed=0, rank=0, world=1, device=device
     )
-    batches = iter(loader.epoch(0, 0))
-    next(batches)
-    images, start = 0, time.perf_counter()
-    for pixels, _ in batches:
-        images += len(pixels)
-        if time.perf_counter() - start > LOADER_SECONDS:
-            break
+    with closing(loader):
+        batches = iter(loader.epoch(0, 0))
+        next(batches)
+        images, start = 0, time.perf_counter()
+        for pixels, _ in batches:
+            images += len(pixels)
+            if time.perf_counter() - start > LOADER_SECONDS:
+                break
     elapsed = time.perf_counter() - start
     if not images:
         raise UserError(f"data={cfg.data.name} has only one batch of {batch}: too few to time the loader")

@@ -19,6 +19,7 @@ class Operator(Protocol):
     size: int
     dtype: torch.dtype
     device: torch.device
+    all_reduce: Callable[[Tensor], object] | None  # sums a tensor over the ranks in place; None for one rank
 
     def __call__(self, v: Tensor) -> Tensor:
         """The product with v."""
@@ -50,6 +51,19 @@ def random_unit(operator: Operator, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(operator.size, dtype=operator.dtype, generator=generator).to(operator.device)
     return v / v.norm()
+
+
+def agreed(operator: Operator, *numbers: float) -> list[float]:
+    """The mean of all ranks' numbers, the same bits on each: what decides whether there is another product.
+
+    Ranks have equal vectors, but their inner products may differ in the last bits (other processors or libraries), and
+    a rank that stopped alone would leave the others in a product.
+    """
+    if operator.all_reduce is None:
+        return list(numbers)
+    total = torch.tensor([*numbers, 1.0], dtype=torch.float64, device=operator.device)
+    operator.all_reduce(total)
+    return (total[:-1] / total[-1]).tolist()
 
 
 # Which Ritz values (ascending) an answer consists of, best first.
@@ -92,11 +106,11 @@ class Krylov:
         q = self.blocks[-1][k % BLOCK].copy_(self.next)
         w = self.operator(q)
         alpha = float(torch.dot(q, w))
+        w = self._against(self._against(w, k + 1), k + 1)
+        alpha, beta = agreed(self.operator, alpha, float(w.norm()))
         if alpha != alpha or abs(alpha) == float("inf"):
             raise ValueError("the Hessian product is not finite: the loss diverges at these weights")
         self.alpha.append(alpha)
-        w = self._against(self._against(w, k + 1), k + 1)
-        beta = float(w.norm())
         scale = max(map(abs, self.alpha + self.beta), default=0.0)
         self.exhausted = beta <= BREAKDOWN * self.operator.size**0.5 * torch.finfo(w.dtype).eps * scale
         self.beta.append(0.0 if self.exhausted else beta)
@@ -170,7 +184,7 @@ def lanczos(
         errors = relative(residuals, theta)[chosen]
         history.append((float(theta[chosen[0]]), float(errors[0])))
         found = krylov.steps >= n and bool((errors <= tol).all())
-        if found or krylov.steps == krylov.capacity:
+        if agreed(operator, found)[0] > 0 or krylov.steps == krylov.capacity:
             break
     return Eigenpairs(theta[chosen], krylov.combine(s[:, chosen].T), errors, krylov.steps, history)
 
@@ -204,7 +218,8 @@ def power_iteration(
         w = operator(v)
         value = torch.dot(v, w)
         residual = relative((w - value * v).norm(), value)
-        history.append((float(value), float(residual)))
+        residual = agreed(operator, float(residual))[0]
+        history.append((float(value), residual))
         if len(history) > steps or residual <= tol or not w.any():
             break
         v = w / w.norm()

@@ -66,7 +66,8 @@ class Monitor:
             with in_mode(self.model, training=False):
                 found = self._measure(done, rho, final=final)
         except (torch.OutOfMemoryError, UserError) as error:
-            memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch)"
+            memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch) "
+            memory += f"beside up to {MOST} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
             if self.ranks.world > 1:  # the others wait for this rank in the middle of a product
                 raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 does without") from None

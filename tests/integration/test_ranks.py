@@ -18,9 +18,10 @@ from faulty import Attempt, attempt
 from safetensors.torch import load_file
 
 from sam_repro import heartbeat
-from sam_repro.distributed import init_ranks
+from sam_repro.distributed import Ranks, init_ranks
 from sam_repro.errors import LOST
 from sam_repro.log import read_log
+from sam_repro.sharpness import lanczos, power_iteration
 
 LONG = ("recipe.steps=4000", "train.log_every=1", "train.save_every_steps=0", "train.eval_every_epochs=0")
 
@@ -101,6 +102,42 @@ def test_ranks_that_are_done_wait_for_the_one_that_still_writes():
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+class Inexact:
+    """diag(1 ... 300), summed over the ranks; the sums that rank 1 sees are rounded otherwise than those of rank 0."""
+
+    size, dtype, device = 300, torch.float32, torch.device("cpu")
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.all_reduce = ranks, ranks.sum_
+
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        product = self.ranks.sum_(torch.arange(1.0, 301) * v / self.ranks.world)
+        return product + 1e-3 * self.ranks.rank * torch.randn(300)
+
+
+def stopping(rank: int, port: str, results: multiprocessing.Queue) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = init_ranks("cpu", watch_minutes=0.2)
+    made = [lanczos(Inexact(ranks), tol=tol).products for tol in (1e-1, 1e-2, 1e-3, 3e-4)]
+    made += [power_iteration(Inexact(ranks), steps=50, tol=tol).products for tol in (0.1, 0.05, 0.03, 0.02)]
+    results.put(made)
+    ranks.finish()
+    ranks.close()
+
+
+def test_ranks_whose_arithmetic_differs_look_for_eigenvalues_together():
+    port, spawn = free_port(), multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    ranks = [spawn.Process(target=stopping, args=(rank, port, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    made = [results.get(timeout=60) for _ in ranks]
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert made[0] == made[1]
 
 
 def test_the_log_says_which_rank_is_slow(tmp_path):
