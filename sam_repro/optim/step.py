@@ -22,6 +22,7 @@ from sam_repro.optim.perturb import Perturbation, Tensors, build_perturbation, i
 Objective = Callable[..., Tensor]
 
 # What a step reports, in this order; means over all groups of all ranks.
+ALIGN = 4  # elements: every part of the flat buffer starts at 16 bytes or more, what a vectorised load wants
 METRICS = ("loss", "loss_robust", "surrogate_gap", "cosine", "grad_norm", "grad_norm_robust")
 
 
@@ -100,15 +101,17 @@ class GradientStep:
         self.rank, self.world, self.stochastic = rank, world, stochastic
         self.robust = self.perturb is not None  # whether the next step has a robust pass
 
-        # One buffer for gradient and metrics, so that one reduction carries both; a second gradient behind them where
+        # One buffer for gradient and metrics, so that one reduction carries both; a second gradient between them where
         # the method needs the mean of g beside the mean of d (or, decoupled, the mean of d - g beside that of g).
-        sizes = [p.numel() for p in self.params]
+        sizes = [-(-p.numel() // ALIGN) * ALIGN for p in self.params]
         self.keep_clean = not decoupled and self._wants_clean()
         second = sum(sizes) if decoupled or self.keep_clean else 0
-        self.flat = self.params[0].new_zeros(sum(sizes) + len(METRICS) + second)
-        self.gradient, self.metrics, self.second = self.flat.split([sum(sizes), len(METRICS), second])
+        self.flat = self.params[0].new_zeros(sum(sizes) + second + len(METRICS))
+        self.gradient, self.second, self.metrics = self.flat.split([sum(sizes), second, len(METRICS)])
         self.views, self.second_views = (
-            [v.view_as(p) for v, p in zip(flat.split(sizes), self.params, strict=True)] if len(flat) else []
+            [v[: p.numel()].view_as(p) for v, p in zip(flat.split(sizes), self.params, strict=True)]
+            if len(flat)
+            else []
             for flat in (self.gradient, self.second)
         )
 

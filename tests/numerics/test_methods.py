@@ -418,6 +418,16 @@ def test_steps_survive_flat_places_unused_parameters_and_single_numbers(name, co
     assert params["unused"].grad.item() == 0 and all(torch.isfinite(p).all() for p in params.values())
 
 
+@pytest.mark.parametrize("sizes", [(49, 3, 8), (1, 1, 1), (16, 4)])
+@pytest.mark.parametrize("name", ["sam", "friendly"])  # friendly keeps the clean gradient too
+def test_every_part_of_the_gradient_starts_where_a_vector_load_may(name, sizes):
+    params = {str(i): torch.zeros(n) for i, n in enumerate(sizes)}
+    step = GradientStep(quadratic, params, perturb=name)
+    parts = [*step.views, *step.second_views]
+    assert len(parts) == len(sizes) * (2 if name == "friendly" else 1)
+    assert all(part.storage_offset() % 4 == 0 for part in parts)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.01, 2.0), st.floats(-1, 1), st.integers(2, 6))
 def test_ascent_never_turns_against_the_robust_gradient(rho, alpha, n):
