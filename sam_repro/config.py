@@ -198,6 +198,9 @@ def typed(cfg: Any) -> Config:
         raise UserError(f"no value for {', '.join(missing)}")
     result = OmegaConf.to_object(cfg)
     assert isinstance(result, Config)
+    for prefix, node in ("", result), *((f"{k}.", v) for k, v in vars(result).items() if dataclasses.is_dataclass(v)):
+        for key in vars(node).keys() - {f.name for f in dataclasses.fields(node)}:  # +optim.rho=0.1
+            raise UserError(no_such_key(prefix + key))
     return result
 
 
@@ -259,29 +262,47 @@ def choices(group: str) -> list[str]:
     return sorted(p.stem for p in (config_dir() / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
+def groups() -> list[str]:
+    """The folders of configs/: what `group=name` may choose from."""
+    return sorted(p.name for p in config_dir().iterdir() if p.is_dir())
+
+
 def nearest(word: str, words: list[str]) -> str:
     """'; did you mean X?' or the empty string."""
     match = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
+def no_such_key(key: str) -> str:
+    """A sentence with the nearest key that exists, and those of the same group."""
+    known, group = [*fields_of(Config), *groups()], key.partition(".")[0]
+    fuller = [name for name in known if name.startswith(key)]  # optim.rho: optim.rho_max
+    names = [name.partition(".")[2] for name in known if name.startswith(f"{group}.")]
+    others = f" (keys of {group}: {', '.join(names)})" if names else ""
+    return f"there is no key '{key}'{nearest(key, fuller or known)}{others}"
+
+
 def explain(error: Exception, overrides: list[str]) -> str:
     """One sentence for a Hydra or OmegaConf error: which override, and the nearest name that exists."""
     known = fields_of(Config)
-    groups = sorted(p.name for p in config_dir().iterdir() if p.is_dir())
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key in groups:
+        if key in groups():
             names = choices(key)
             for name in value.split(","):
                 if name not in names:
                     return f"{key}={name} does not exist{nearest(name, names)} (choices: {', '.join(names)})"
+            if override[0] in "+~":
+                return f"{key} is there already: write {key}={value}"
         elif not key.startswith("hydra") and key not in known:
-            parent = key.rsplit(".", 2)[0]
-            if parent not in ("model.kwargs", "model.tiny_kwargs"):
-                return f"there is no key '{key}'{nearest(key, known + groups)}"
+            if key.rpartition(".")[0] in ("model.kwargs", "model.tiny_kwargs"):
+                if override[:1] == "+":
+                    continue
+                return f"{key} is an argument of timm's that the model does not set yet: write +{key}={value}"
+            return no_such_key(key)
     reason = error.__cause__ or error  # Hydra wraps what OmegaConf says of a value
     sentence = " ".join(str(reason).split("\n")[0].split())
+    sentence = f"{reason.full_key}: {sentence}" if getattr(reason, "full_key", "") else sentence
     return f"{sentence} (in {', '.join(overrides)})" if overrides else sentence
 
 
@@ -311,7 +332,8 @@ def validate(cfg: Config) -> None:
     not_negative = ("recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
     not_negative += ("augment.cutout", "augment.mixup", "augment.randaugment", "data.finetune_warmup")
     not_negative += ("data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
-    not_negative += ("sharpness.images", "sharpness.every")
+    not_negative += ("sharpness.images", "sharpness.every", "train.threads")
+    lengths = {"recipe.betas": 2, "augment.scale": 2, "augment.ratio": 2, "data.mean": 3, "data.std": 3}
     for key, allowed in words.items():
         value = lookup(cfg, key)
         if value not in allowed:
@@ -322,7 +344,14 @@ def validate(cfg: Config) -> None:
     for key in not_negative:
         if not 0 <= lookup(cfg, key) < float("inf"):
             raise UserError(f"{key}={lookup(cfg, key)} must be a finite number, 0 or greater")
+    for key, length in lengths.items():
+        if len(lookup(cfg, key)) != length:
+            raise UserError(f"{key}={lookup(cfg, key)} must be {length} numbers")
     check_method(cfg.optim)
+    if not min(cfg.data.std) > 0:
+        raise UserError(f"data.std={cfg.data.std} must be greater than 0")
+    if not 0 <= cfg.recipe.label_smoothing <= 1:
+        raise UserError(f"recipe.label_smoothing={cfg.recipe.label_smoothing} must lie in [0, 1]")
     if not 0 < cfg.recipe.lr_min_ratio <= 1:
         raise UserError(f"recipe.lr_min_ratio={cfg.recipe.lr_min_ratio} must lie in (0, 1]")
     if not 0 <= cfg.data.label_noise < 1 or (cfg.data.label_noise and cfg.data.num_classes < 2):

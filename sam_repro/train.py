@@ -219,7 +219,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 totals, counted, interval = torch.zeros_like(totals), 0, 0.0
             if status == "diverged":
                 log.say(
-                    f"the loss is not finite at step {done}: stopping; the last good checkpoint is kept in {run_dir}"
+                    f"the loss is not finite at step {done}: stopping; earlier checkpoints, if any, are in {run_dir}"
                 )
                 break
             if evaluating:
@@ -305,15 +305,23 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
     register_schema()
     statuses: list[str] = []
+    refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def run(cfg: DictConfig) -> None:
+        if refused:  # a multirun ends at its first error
+            return
         task = list(HydraConfig.get().overrides.task)
         born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
-        statuses.append(main(typed(cfg), task, born=born)["status"])
+        try:
+            statuses.append(main(typed(cfg), task, born=born)["status"])
+        except (UserError, RankLost) as error:
+            refused.append(error)
 
     try:
         run()
+        if refused:
+            raise refused[0]
     except Interrupted:
         ignore_signals()
         raise

@@ -86,6 +86,26 @@ def test_typos_name_the_nearest_key():
         compose_config(["recipe.warmup=3"])
     with pytest.raises(UserError, match="did you mean 'optim'"):
         compose_config(["optm=sam"])
+    with pytest.raises(UserError, match="did you mean 'optim.rho_m.*keys of optim: name, kind, perturb"):
+        compose_config(["optim.rho=0.1"])
+    with pytest.raises(UserError, match="there is no key 'optim.rho'"):
+        compose_config(["+optim.rho=0.1"])  # Hydra adds it, and nothing would read it
+    with pytest.raises(UserError, match="there is no key 'foo'"):
+        compose_config(["++foo=0.1"])
+    with pytest.raises(UserError, match=r"write \+model.kwargs.drop_path_rate=0.1"):
+        compose_config(["model.kwargs.drop_path_rate=0.1"])
+    with pytest.raises(UserError, match="^recipe.lr: Value 'abc'"):
+        compose_config(["recipe.lr=abc"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.mean=[1,2]", "data.std=[0,0,0]", "recipe.betas=[1]", "augment.scale=[1]", "train.threads=-1"]
+    + ["recipe.label_smoothing=2"],
+)
+def test_numbers_that_types_cannot_express(override):
+    with pytest.raises(UserError, match=rf"^{override.partition('=')[0]}=.* must "):
+        validate(compose_config([override]))
 
 
 def test_keys_are_two_levels_deep():
