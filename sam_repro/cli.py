@@ -12,6 +12,7 @@ from importlib import import_module
 from sam_repro import __version__
 from sam_repro.config import nearest
 from sam_repro.errors import RankLost, UserError
+from sam_repro.failure import is_about_files
 
 # name: (module, what it does, in one line)
 COMMANDS = {
@@ -65,6 +66,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # `sam-repro table ... | head`
         return 0
+    except OSError as error:
+        if error.filename is None and not is_about_files(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def overview() -> str:

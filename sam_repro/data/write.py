@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import shutil
 import time
 from argparse import ArgumentParser, Namespace
@@ -37,6 +38,7 @@ from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, write_m
 from sam_repro.errors import UserError
 
 ESTIMATE_FILES = 64
+WHOLE = {"imagenet": {"train": (1000, 1_281_167), "val": (1000, 50_000)}}  # layout: {split: (classes, images)}
 LAYOUTS = {
     "imagefolder": layouts.folders,
     "imagenet": layouts.imagenet,
@@ -174,10 +176,19 @@ def write_dataset(
         if inputs.classes != classes:
             odd = sorted(set(inputs.classes) ^ set(classes))[0]
             raise UserError(f"{split} has other class folders than {first}, for example {odd}")
+    for split, inputs in splits.items():
+        found, whole = (len(inputs.classes), len(inputs.labels)), WHOLE.get(layout, {}).get(split)
+        if whole and found != whole:  # allowed, but an unpacking that was cut looks like this
+            print(f"{split} is not all of {layout}: {words(*found)}, of {words(*whole)}", flush=True)
     dst.mkdir(parents=True, exist_ok=True)
     rule = {"max_side": max_side, "quality": quality, "skip_bad": skip_bad}
     with ThreadPoolExecutor(worker_count(workers, 1)) as pool:
         return {s: _write_split(i, dst / f"{s}.beton", rule, pool, progress) for s, i in splits.items()}
+
+
+def words(classes: int, images: int) -> str:
+    """'1,000 classes with 50,000 images'."""
+    return f"{classes:,} classes with {images:,} images"
 
 
 def _write_split(
@@ -206,7 +217,8 @@ def _write_split(
             elif rule["skip_bad"]:
                 skipped.append(inputs.names[index])
             else:
-                raise UserError(f"cannot use {inputs.names[index]}: {result}; skip_bad leaves such files out")
+                name = f"{inputs.names[index]} ({beton.stem})"
+                raise UserError(f"cannot use {name}: {result}; --skip-bad leaves such images out")
 
     write_beton(beton, samples(), capacity=count)
     facts = {"rule": rule, "source": fingerprint, "reencoded": reencoded, "skipped": skipped}
@@ -243,12 +255,13 @@ def _estimate(inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoo
     some = np.linspace(0, count - 1, min(count, ESTIMATE_FILES)).astype(int)
     began = time.perf_counter()
     sizes = [len(r.data) for r in _ordered(inputs, some, rule, pool) if isinstance(r, Encoded)]
-    minutes = (time.perf_counter() - began) / len(some) * count / 60
+    seconds = (time.perf_counter() - began) / len(some) * count
     size = METADATA_AT + count * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
     free = shutil.disk_usage(beton.parent).free
-    print(f"{beton}: {count:,} images, about {size / 1e9:.2f} GB and {minutes:.1f} minutes", flush=True)
+    wait = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{math.ceil(seconds)} s"
+    print(f"{beton}: {count:,} images, about {size / 1e9:.2f} GB and {wait}", flush=True)
     if size > free:
-        raise UserError(f"{beton.parent} has {free / 1e9:.1f} GB free; {beton.name} needs about {size / 1e9:.1f} GB")
+        raise UserError(f"{beton.parent} has {free / 1e9:.2f} GB free; {beton.name} needs about {size / 1e9:.2f} GB")
 
 
 def _up_to_date(beton: Path, fingerprint: str) -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ def pairs(root, split):
     return {name: (file.sample(i), int(file.labels[i])) for i, name in enumerate(names)}
 
 
-def test_the_original_tars_equal_folders(unpacked, tmp_path):
+def test_the_original_tars_equal_folders(unpacked, tmp_path, capsys):
     src = tmp_path / "tars"
     src.mkdir()
     with tarfile.open(src / "ILSVRC2012_img_train.tar", "w") as outer:
@@ -82,9 +82,12 @@ def test_the_original_tars_equal_folders(unpacked, tmp_path):
             add(archive, name, data)
     (src / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join(SYNSETS[k] for _, k in VAL.values()))
     manifests = write(src, tmp_path / "dst", "imagenet")
-    for split in ("train", "val"):
+    said = capsys.readouterr().out
+    for split, images in (("train", "1,281,167"), ("val", "50,000")):
         assert pairs(tmp_path / "dst", split) == pairs(unpacked, split)
         assert manifests[split]["classes"] == SYNSETS
+        assert f"{split} is not all of imagenet: 3 classes with" in said
+        assert f"of 1,000 classes with {images} images" in said
     assert (tmp_path / "dst" / "train.beton").read_bytes() == (unpacked / "train.beton").read_bytes()
     (src / "ILSVRC2012_img_train.tar").write_bytes((src / "ILSVRC2012_img_train.tar").read_bytes()[:9000])
     with pytest.raises(UserError, match="ILSVRC2012_img_train.tar"):

@@ -138,3 +138,22 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 def test_a_ledger_folder_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "demo", "--ledger", "/nowhere"]) == 2
     assert "there is no folder /nowhere" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_and_ctrl_c_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    from sam_repro.data import write
+
+    (tmp_path / "file").write_text("")
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "0.jpg").write_bytes(b"no image")
+    words = ["write", "imagefolder", "--src", str(tmp_path), "--dst"]
+    assert main([*words, str(tmp_path / "file" / "x")]) == 2
+    assert capsys.readouterr().err == f"error: [Errno 20] Not a directory: '{tmp_path / 'file' / 'x'}'\n"
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "write_dataset", interrupted)
+    assert main([*words, str(tmp_path / "dst")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -92,7 +92,7 @@ def test_exif_orientation_is_not_applied():
 def test_an_unusable_image_is_named_or_skipped(folders, tmp_path, bad):
     culprit = folders / "train" / "bee" / "3.JPEG"
     culprit.write_bytes(bad)
-    with pytest.raises(UserError, match="bee/3.JPEG.*skip_bad") as caught:
+    with pytest.raises(UserError, match="bee/3.JPEG.*--skip-bad") as caught:
         run(folders, tmp_path / "dst")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "dst").iterdir()) == []
