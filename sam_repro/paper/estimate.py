@@ -80,6 +80,7 @@ def run(args: Namespace) -> None:
             print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price)}")
         print()
     print(summary(total, width, args.gpus, args.price))
+    print(f"  GPU-hours of {args.gpu}; days with {args.gpus} of them at work")
     if any(cost.hours is None for cost in total):
         print(
             f"no measured speed of {args.gpu} for some rows: `sam-repro estimate ... --calibrate` on such a machine, "

@@ -95,10 +95,7 @@ def linked(method: str, runs: dict[str, str]) -> str:
 
 def notes(s: Sheet) -> str:
     """Order of methods, footnotes and provenance."""
-    judged = [order for order in s.orders if not order.endswith(": pending")]
-    waiting = len(s.orders) - len(judged)
-    left = [f"{waiting} comparison{'s' * (waiting > 1)} of one method with another pending"] if waiting else []
-    lines = (*judged, *left, *s.footnotes, *s.provenance)
+    lines = (*s.orders, *s.footnotes, *s.provenance)
     return "<ul>" + "".join(f"<li>{escape(n)}</li>\n" for n in lines) + "</ul>\n"
 
 

@@ -102,8 +102,8 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         header=header,
         lines=lines,
         orders=[
-            *(sentence_of(order, table) for order in order_of_methods(table, found)),
-            *(chosen(winner, table) for winner in winners(table, found)),
+            *comparisons(order_of_methods(table, found), table),
+            *(chosen(w, table) for w in winners(table, found)),
         ],
         footnotes=footnotes_of(table) + ([GAP] if curves else []),
         provenance=sentences_of(provenance_of(found)),
@@ -140,16 +140,21 @@ def number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def sentence_of(order: Order, table: Table) -> str:
-    """'ViT-B/32: GSAM - SAM = +0.41 (paired by seed, n=3, p=0.02): significant'."""
-    pair = f"{order.model}: {order.better} against {order.worse}"
-    if order.comparison is None:
-        return f"{pair}: pending"
-    c, column = order.comparison, table.columns[0]
-    p = "" if c.p is None else f", p={c.p:.2g}"
-    unit = "points" if column.unit == "%" else column.unit
-    difference = f"{c.difference:+.{column.digits + 1}f} {unit}".strip()
-    return f"{pair}: {difference} (paired by seed, n={c.n}{p}): {c.words}"
+def comparisons(orders: list[Order], table: Table) -> list[str]:
+    """'ViT-B/32: GSAM against SAM: +0.41 points (paired by seed, n=3, p=0.02): significant', and how many are left."""
+    column, said = table.columns[0] if table.columns else None, []
+    for order in orders:
+        if order.comparison is None or column is None:
+            continue
+        c = order.comparison
+        p = "" if c.p is None else f", p={c.p:.2g}"
+        unit = "points" if column.unit == "%" else column.unit
+        difference = f"{c.difference:+.{column.digits + 1}f} {unit}".strip()
+        said.append(
+            f"{order.model}: {order.better} against {order.worse}: {difference} (paired by seed, n={c.n}{p}): {c.words}"
+        )
+    left = len(orders) - len(said)
+    return said + [f"{left} comparison{'s' * (left > 1)} of one method with another pending"] * bool(left)
 
 
 def chosen(winner: Winner, table: Table) -> str:
