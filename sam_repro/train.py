@@ -9,21 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
-import psutil
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from sam_repro import checkpoint, failure, ledger
-from sam_repro.config import Config, config_dir, config_hash, explain, register_schema, run_id, to_dict, typed, validate
+from sam_repro.config import Config, config_hash, run_id, to_dict, validate
 from sam_repro.data.augment import cutout, mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
-from sam_repro.errors import RankLost, UserError
+from sam_repro.errors import UserError
 from sam_repro.evaluate import count_correct, evaluate_sets
 from sam_repro.initial import start_from
 from sam_repro.log import RunLog, read_log
@@ -33,7 +27,7 @@ from sam_repro.optim import METRICS, PowerIteration, build_base, decay_groups
 from sam_repro.schedules import batches, lr_schedule_of, rho_of, step_seed
 from sam_repro.setup import find_state, hardware, loader_factory, open_run, seed_everything, split_batch, use_bf16
 from sam_repro.sharpness.monitor import Monitor
-from sam_repro.signals import Interrupted, StopSignal, ignore_signals
+from sam_repro.signals import Interrupted, StopSignal
 from sam_repro.summary import curves, lag, model_card, rates, report
 
 AGREE_EVERY = 10  # steps between the moments when ranks ask each other whether to stop or save
@@ -290,51 +284,3 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         if lock is not None:
             lock.release()
         ranks.close()
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def typed_overrides() -> list[str]:
-    """The key=value words of this process's command line."""
-    return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-
-
-def cli() -> None:
-    """`python train.py ...`: Hydra's command line around `main`, and one sentence for whatever is wrong."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
-    register_schema()
-    statuses: list[str] = []
-    refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
-
-    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
-    def run(cfg: DictConfig) -> None:
-        if refused:  # a multirun ends at its first error
-            return
-        task = list(HydraConfig.get().overrides.task)
-        born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
-        try:
-            statuses.append(main(typed(cfg), task, born=born)["status"])
-        except (UserError, RankLost) as error:
-            refused.append(error)
-
-    try:
-        run()
-        if refused:
-            raise refused[0]
-    except Interrupted:
-        ignore_signals()
-        raise
-    except (UserError, RankLost) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(failure.exit_code(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not failure.is_about_files(error):
-            raise
-        print(f"error: {error}; checkpoints are intact, the same command goes on from the newest", file=sys.stderr)
-        sys.exit(failure.exit_code(error))
-    if "diverged" in statuses:
-        sys.exit(3)

@@ -18,7 +18,7 @@ COMMAND += ["train.deterministic=true", "recipe.steps=120", "train.save_every_st
 COMMAND += ["train.log_every=3"]
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["sam_repro.train", "wandb", "faulty"])
+forks.set_forkserver_preload(["sam_repro.launch", "sam_repro.train", "wandb", "faulty"])
 
 
 class Attempt:
@@ -78,7 +78,7 @@ def child(where: Path, words: list[str], output: Path, fault: str, env: dict[str
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *words]
-    from sam_repro.train import cli
+    from sam_repro.launch import cli
 
     watch_batches(where / "batches.txt")
     if fault:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,17 @@ def test_numbers_that_types_cannot_express(override):
 
 def test_keys_are_two_levels_deep():
     assert all(key.count(".") <= 1 for key in fields_of(Config))
+
+
+def test_a_wrong_word_is_refused_before_torch_is_imported():
+    program = """
+import sys
+sys.argv = ["train.py", "recipe.lr=-1"]
+from sam_repro.launch import cli
+try:
+    cli()
+except SystemExit as error:
+    print(error.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("2 False\n", "error: recipe.lr=-1.0 must be greater than 0\n")

@@ -35,7 +35,7 @@ ALLOWED = {
     "evaluate": {"config", "data", "distributed"},
 }
 NO_TORCH = {"errors", "config", "config_log", "config_optim", "ledger", "cli", "paper", "signals", "lock", "log"}
-NO_TORCH |= {"tracking", "failure"}
+NO_TORCH |= {"tracking", "failure", "launch"}
 
 
 def imports(path: Path, *, lazy: bool) -> set[str]:

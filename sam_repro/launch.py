@@ -1,0 +1,70 @@
+"""The command line of `python train.py`: Hydra around `sam_repro.train.main`, one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sam_repro import failure
+from sam_repro.config import config_dir, explain, register_schema, typed, validate
+from sam_repro.errors import RankLost, UserError
+from sam_repro.signals import Interrupted, ignore_signals
+
+
+def typed_overrides() -> list[str]:
+    """The key=value words of this process's command line."""
+    return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+
+
+def cli() -> None:
+    """Compose, check, train; exits with the code of ARCHITECTURE.md's contract."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
+    register_schema()
+    statuses: list[str] = []
+    refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def run(cfg: DictConfig) -> None:
+        if refused:  # a multirun ends at its first error
+            return
+        task = list(HydraConfig.get().overrides.task)
+        born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
+        try:
+            config = typed(cfg)
+            validate(config)
+            from sam_repro.train import main  # torch and timm take seconds: not before the words are known to be right
+
+            statuses.append(main(config, task, born=born)["status"])
+        except (UserError, RankLost) as error:
+            refused.append(error)
+
+    try:
+        run()
+        if refused:
+            raise refused[0]
+    except Interrupted:
+        ignore_signals()
+        raise
+    except (UserError, RankLost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(failure.exit_code(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if not failure.is_about_files(error):
+            raise
+        print(f"error: {error}; checkpoints are intact, the same command goes on from the newest", file=sys.stderr)
+        sys.exit(failure.exit_code(error))
+    except KeyboardInterrupt:  # before training began, or a second time while it saves
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    if "diverged" in statuses:
+        sys.exit(3)
