@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.combine import ratio
-from sam_repro.optim.perturb import inner
+from sam_repro.optim.perturb import inner, squared_norm
 from sam_repro.optim.step import GradientStep
 
 
@@ -30,8 +30,8 @@ class EntropySGD(GradientStep):
     steps. The released PyTorch port never counts t, so it never did (D-26). (3) Running statistics of BatchNorm are
     those of the walk.
 
-    Metrics: "loss" is at w, "loss_robust" at the walk's last y; "grad_norm" is of grad f(w), "grad_norm_robust" and
-    "cosine" are of w - mu. rho is not used.
+    Metrics: "loss" is at w, "loss_robust" at the walk's last y; "grad_norm" is of grad f(w), "grad_norm_robust" of
+    w - mu, "cosine" between grad f(w), the mean over all groups, and w - mu. rho is not used.
 
     Args (besides GradientStep's objective, params, buffers, m, all_reduce, rank, world, stochastic):
         steps: L.
@@ -100,7 +100,7 @@ class EntropySGD(GradientStep):
         self.calls += 1
         assert first is not None
         norm = self.gradient.norm()
-        cosine = ratio(inner(g, self.views), first[4] * norm)
+        cosine = ratio(inner(g, self.views), squared_norm(g).sqrt() * norm)
         values = [first[0], metrics[0], metrics[0] - first[0], cosine, first[4], norm]
         self.metrics.copy_(torch.stack(values))
         return self.metrics

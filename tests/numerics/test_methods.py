@@ -237,10 +237,9 @@ def test_every_perturbation_with_every_combination(name, combine):
 def test_entropy_sgd_against_the_plain_walk():
     w, x = torch.randn(7).double(), torch.randn(6, 7).double()
     params = pieces(w)
-    step = EntropySGD(quartic, params, steps=5, parts=3, lr=0.05, noise=0.01, gamma=0.5, scoping=0.1)
+    step = EntropySGD(quartic, params, m=1, steps=5, parts=3, lr=0.05, noise=0.01, gamma=0.5, scoping=0.1)
     for t in range(2):
-        step(x, seed=9)
-        torch.manual_seed(0)
+        metrics = step(x, seed=9)
         generator = torch.Generator().manual_seed(9)
         y, mu, velocity = w.clone(), w.clone(), torch.zeros(7).double()
         for i in range(5):
@@ -252,6 +251,7 @@ def test_entropy_sgd_against_the_plain_walk():
             mu = 0.75 * mu + 0.25 * y
         found = torch.cat([p.grad.reshape(-1) for p in params.values()])
         assert_close(found, w - mu, rtol=1e-10, atol=1e-13)
+        assert_close(metrics[3], F.cosine_similarity(slow_gradient(w, x.split(2)[0]), w - mu, dim=0))
 
 
 def test_entropy_sgd_scoping_counts_and_stops_at_one_over_eta():
