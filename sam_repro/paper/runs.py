@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sam_repro.config import Config, compose_config, nearest, run_id
+from sam_repro.config import Config, choices, compose_config, nearest, run_id
 from sam_repro.errors import UserError
 from sam_repro.paper.spec import Table, TableRow, load_table
 
@@ -51,7 +51,7 @@ def runs_of(
     for seed, start in enumerate(starts):
         point = row.point | ({"init": f"{start.config.log.runs_dir}/{start.run_id}"} if start else {})
         config = replace(compose_point(overrides, point), seed=seed)
-        typed = (*overrides, *(f"{k}={v}" for k, v in point.items()), f"seed={seed}")
+        typed = (*overrides, *words_of(point), f"seed={seed}")
         found.append(Run(run_id(config), typed, config, start))
     return found
 
@@ -87,10 +87,17 @@ def compose_point(overrides: tuple[str, ...], point: dict[str, Any]) -> Config:
 
     Composing takes tenths of a second and a sweep has hundreds of points, so one composition, with a marker in the
     place of every value, shows which leaves of the configuration follow which key; the values are then filled in.
+    Only numbers and words have markers; switches, lists and choices of files are composed one by one.
     """
-    markers = {key: marker_like(value, i) for i, (key, value) in enumerate(point.items())}
-    template = compose_once((*overrides, *(f"{key}={marker}" for key, marker in markers.items())))
+    marked = [key for key, value in point.items() if type(value) in (int, float, str) and not choices(key)]
+    markers = {key: marker_like(point[key], i) for i, key in enumerate(marked)}
+    template = compose_once((*overrides, *words_of(point | markers)))
     return fill(template, {marker: point[key] for key, marker in markers.items()})
+
+
+def words_of(point: dict[str, Any]) -> tuple[str, ...]:
+    """Overrides, as they are typed."""
+    return tuple(f"{key}={'null' if value is None else value}" for key, value in point.items())
 
 
 def marker_like(value: Any, i: int) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from sam_repro.cli import main
 from sam_repro.config import compose_config, run_id
 from sam_repro.errors import UserError
-from sam_repro.paper.runs import runs_of, unique_runs
+from sam_repro.paper.runs import compose_point, runs_of, unique_runs
 from sam_repro.paper.spec import load_table, parse_table
 
 
@@ -49,6 +49,25 @@ def test_a_run_id_is_that_of_the_composed_config_with_its_seed() -> None:
     table = load_table("demo")
     for run in runs_of(table, table.rows[2]):
         assert run_id(compose_config(list(run.overrides))) == run.run_id
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"optim.alpha": 0.3, "optim.m": 8},
+        {"model.sam_rho": 1, "init": "runs/a"},
+        {"optim.weights_only": True, "optim.every": 1},
+        {"optim.weights_only": False, "optim.alpha": 1.0},
+        {"optim.eigen_alpha": None},
+        {"recipe.betas": [0.8, 0.9]},
+        {"optim": "asam", "augment": "medium"},
+    ],
+)
+def test_a_point_of_a_grid_is_what_its_words_compose(point: dict) -> None:
+    words = [f"{key}={'null' if value is None else value}" for key, value in point.items()]
+    assert compose_point(("model=vit_s32", "optim=sam"), point) == compose_config(
+        ["model=vit_s32", "optim=sam", *words]
+    )
 
 
 def test_a_grid_expands_to_all_combinations() -> None:
