@@ -43,7 +43,7 @@ def passes_of(cfg: Config) -> float:
 
     1 without a perturbation, 2 with one, 3 for CR-SAM's two; with a cadence only every k-th step. Entropy-SGD: as many
     as it takes inner steps, each on its part of the batch. Eigen-SAM: p Hessian-vector products every k steps on top,
-    on m images or the batch, each counted as 2 passes (its authors say 1 to 2).
+    on m images or a whole batch, each counted as 2 passes (its authors say 1 to 2).
     """
     o = cfg.optim
     if o.kind == "entropy_sgd":
@@ -52,7 +52,7 @@ def passes_of(cfg: Config) -> float:
         return 1
     passes = 1 + (2 if o.combine == "cr" else 1) / o.every
     if o.perturb == "eigen":
-        share = 1 if o.eigen_images == "batch" or not o.m else min(1, o.m / cfg.recipe.batch_size)
+        share = min(1, o.m / cfg.recipe.batch_size) if o.eigen_images == "group" and o.m else 1
         passes += 2 * o.p / o.k * share
     return passes
 

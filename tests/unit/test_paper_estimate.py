@@ -110,6 +110,7 @@ def test_products_of_eigen_sam_are_counted() -> None:
     run = ["recipe=cifar", "model=resnet18_cifar", "data=cifar100", "optim=eigen_sam"]  # batch 256, m = 64
     assert passes_of(compose_config(run)) == pytest.approx(2 + 2 * 5 / 100 / 4)
     assert passes_of(compose_config([*run, "optim.k=10", "optim.eigen_images=batch"])) == pytest.approx(3)
+    assert passes_of(compose_config([*run, "optim.k=10", "optim.eigen_images=fixed"])) == pytest.approx(3)
 
 
 def test_passes() -> None:
