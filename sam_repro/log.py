@@ -76,8 +76,8 @@ class RunLog:
             self.tracker.log(record["step"], metrics_of(record))
 
     def close(self) -> None:
-        """Flush everything."""
-        if self.run_dir is None:
+        """Flush everything; once."""
+        if self.run_dir is None or self.file.closed:
             return
         self.bar.close()
         self.file.close()

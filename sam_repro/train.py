@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sam_repro import checkpoint, failure, ledger
@@ -56,7 +55,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         print(f"{name} is {ledger.read_row(row_path)['status']}: {row_path}", file=sys.stderr)
         return ledger.read_row(row_path)
     ranks = init_ranks(cfg.train.device, cfg.train.timeout_minutes)
-    lock, stop, loaders = None, StopSignal(), []
+    lock, log, stop, loaders = None, None, StopSignal(), []
     try:
         bf16 = use_bf16(cfg.train.dtype, ranks.device)
         seed_everything(cfg, ranks)
@@ -201,7 +200,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 means = dict(zip(METRICS, (totals / counted).tolist(), strict=True))
                 now = time.perf_counter()
                 seconds, interval, tick = seconds + now - tick, interval + now - tick, now
-                if not np.isfinite(means["loss"] + means["grad_norm"]):
+                if not math.isfinite(means["loss"] + means["grad_norm"]):
                     status = "diverged"
             if due:
                 log.record(
@@ -276,6 +275,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         if lock is not None:
             failure.note(run_dir, failure.sentence_of(error))
         ranks.farewell(failure.sentence_of(error), failure.exit_code(error))
+        if log is not None:
+            log.close()  # the next run of this process has its own
         raise
     finally:
         stop.restore()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sam_repro import ledger
 from sam_repro.config import choices, compose_config
-from sam_repro.log import read_log
+from sam_repro.log import RunLog, read_log
 from sam_repro.signals import Interrupted
 from sam_repro.train import batches, main
 
@@ -59,6 +59,17 @@ def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
     before = (run_dir / "log.jsonl").read_text()
     assert "is done" in train(tmp_path, *TINY)
     assert (run_dir / "log.jsonl").read_text() == before
+
+
+def test_a_run_that_fails_closes_its_log_for_the_next_one_of_the_process(tmp_path, monkeypatch):
+    folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
+    logs: list[RunLog] = []
+    monkeypatch.setattr("sam_repro.train.RunLog", lambda *a, **k: logs.append(RunLog(*a, **k)) or logs[-1])
+    monkeypatch.setattr("sam_repro.checkpoint.save", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(compose_config([*TINY, *folders, "recipe.steps=2", "log.wandb=disabled"]))
+    (log,) = logs
+    assert log.file.closed and log.bar.disable
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
