@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ MACHINE_KEYS = (
 )
 
 
+@cache
 def register_schema() -> None:
     """Give Hydra the dataclasses, so that a typo or a wrong type is an error."""
     ConfigStore.instance().store(name="schema", node=Config)

@@ -70,7 +70,10 @@ def run(args: Namespace) -> int:
         for name, count in counts.items():
             print(describe(name, count))
         if args.json:
-            args.json.write_text(json.dumps(counts, indent=1) + "\n")
+            try:
+                args.json.write_text(json.dumps(counts, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write {args.json}: {error}") from None
     return 0
 
 

@@ -29,7 +29,6 @@ from sam_repro.paper.outcome import Outcome, curve, outcomes
 from sam_repro.paper.spec import Table, load_table, table_names
 from sam_repro.paper.tables import hours_words, sheet_of
 
-RESULTS = "results/runs"  # the ledger that is committed; the demo has its own
 SCRIPT = """
 document.querySelectorAll('table').forEach(table => table.querySelectorAll('th').forEach((th, column) => {
   th.classList.add('sortable'); th.title = 'sort';
