@@ -39,6 +39,7 @@ import copy
 import itertools
 import re
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,19 @@ def load_table(name: str) -> Table:
     if not path.is_file():
         names = table_names()
         raise UserError(f"there is no table '{name}'{nearest(name, names)} (tables: {', '.join(names)})")
+    return table_of(path.stem, path.read_text())
+
+
+@cache
+def table_of(name: str, text: str) -> Table:
+    """The table of a file's text: remembered, since rows that start from another table's runs ask for it every time."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name}.yaml is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path.name} must be a mapping with title, source, columns and rows")
-    return parse_table(path.stem, tree)
+        raise UserError(f"{name}.yaml must be a mapping with title, source, columns and rows")
+    return parse_table(name, tree)
 
 
 def parse_table(name: str, tree: dict[str, Any]) -> Table:
