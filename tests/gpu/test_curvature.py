@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,11 +37,22 @@ def pair_of(name: str, **options) -> tuple[Hessian, Hessian]:
     return hessian(model, images, **options), hessian(copy.deepcopy(model).double(), images.double())
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 switched on, and off again."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 @pytest.mark.parametrize("name", ["vit_s32", "mixer_s32", "resnet50"])
 def test_products_are_exact_with_tf32_switched_on_around_them(name, mode, compiled):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     ours, exact = pair_of(name, mode=mode, compiled=compiled)
     v = torch.randn(ours.size, device=DEVICE)
     slow = exact(v.double())
@@ -48,7 +60,7 @@ def test_products_are_exact_with_tf32_switched_on_around_them(name, mode, compil
         error = float((ours(v) - slow).norm() / slow.norm())
         # A ReLU that rounding flips is a jump of the gradient; GELU has none.
         assert error < (2e-2 if name == "resnet50" else 1e-4)
-    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
 
 
 def test_the_dominant_eigenvalue():

