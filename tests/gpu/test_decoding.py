@@ -83,7 +83,7 @@ def test_the_kernel_is_the_cpu_path_to_the_bit(mode, filter):
 
 @pytest.mark.parametrize("name", list(DECODERS))
 def test_decoders_differ_from_libjpeg_in_how_they_enlarge_colour(name):
-    """nvJPEG repeats the halved colour planes where libjpeg interpolates: 3 of 255 on pictures as colourful as these."""
+    """nvJPEG repeats the halved colour planes, libjpeg interpolates them: 3 of 255 on pictures as colourful."""
     data = [bytearray(jpeg(i)) for i in range(32) if i % 40 not in (13, 33)]
     try:
         DECODERS[name](data[:1], CUDA)
