@@ -139,7 +139,7 @@ def mixup(
     """
     groups = len(images) // m
     draws = [np.random.default_rng([seed, step, rank * groups + g]).beta(p, p) for g in range(groups)]
-    share = torch.tensor([max(a, 1 - a) for a in draws], dtype=torch.float32).repeat_interleave(m).to(images.device)
+    share = _sent(np.array([max(a, 1 - a) for a in draws], np.float32).repeat(m), images.device)
     partner = torch.arange(len(images), device=images.device).view(groups, m).roll(-1, 1).flatten()
     x, targets = images.float(), F.one_hot(labels, classes).float()
     other = x[partner]
