@@ -188,7 +188,10 @@ class Winner:
 
 
 def winners(table: Table, found: list[Outcome]) -> list[Winner]:
-    """The winner of every sweep, <model>/<method>, on `table.select`; the test set has no say."""
+    """The winner of every sweep, <model>/<method>, on `table.select`; the test set has no say.
+
+    A point of which any seed diverged cannot win by the seeds that did not.
+    """
     if not table.select:
         return []
     chooser = Column(table.select, table.select)
@@ -198,7 +201,8 @@ def winners(table: Table, found: list[Outcome]) -> list[Winner]:
             sweeps.setdefault("/".join(o.row.id.split("/")[:-1]), []).append(o)
     best = []
     for points in sweeps.values():
-        scored = [(interval(list(values.values())).mean, o) for o in points if (values := o.by_seed(chooser))]
+        sound = [o for o in points if o.state != "diverged"]
+        scored = [(interval(list(values.values())).mean, o) for o in sound if (values := o.by_seed(chooser))]
         if scored:
             score, o = max(scored, key=lambda pair: pair[0])
             best.append(Winner(o, score, len(scored), len(points)))

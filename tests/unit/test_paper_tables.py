@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 from sam_repro.cli import main
 from sam_repro.ledger import write_row
 from sam_repro.paper.figures import colours_of_series, draw
-from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.outcome import outcomes, winners
 from sam_repro.paper.report import Part, assemble
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import load_table, parse_table
@@ -209,3 +209,24 @@ def test_a_sweep_is_decided_on_minival_and_not_on_the_test_set(tmp_path: Path) -
         write_row(tmp_path, fake)
     text = render(table, outcomes(table, tmp_path), "md")
     assert "M, GSAM: alpha=0.2 is best on minival (86.11 %, of 2 measured points of 3)" in text
+    diverged = fake_row(runs_of(table, table.rows[2])[0], 0) | {"status": "diverged"}
+    write_row(tmp_path, diverged)
+    assert "of 2 measured points of 3)" in render(table, outcomes(table, tmp_path), "md")
+
+
+def test_a_point_of_a_sweep_with_a_diverged_seed_does_not_win(tmp_path: Path) -> None:
+    row = {
+        "id": "m/sam",
+        "model": "M",
+        "method": "SAM",
+        "overrides": ["optim=sam"],
+        "grid": {"model.sam_rho": [0.1, 1]},
+    }
+    table = parse_table("t", BASE | {"select": "minival", "seeds": 2, "rows": [row]})
+    for row, minival in zip(table.rows, (300, 350), strict=True):
+        for run in runs_of(table, row):
+            fake = fake_row(run, 300)
+            fake["evals"]["minival"] = {"correct": minival, "total": 360}
+            write_row(tmp_path, fake | ({"status": "diverged"} if (minival, run.config.seed) == (350, 1) else {}))
+    (winner,) = winners(table, outcomes(table, tmp_path))
+    assert winner.outcome.row.point == {"model.sam_rho": 0.1} and winner.measured == 1
