@@ -84,6 +84,8 @@ class Heart:
             return RankLost(f"the ranks' store, kept by rank 0 or torchrun, is gone ({first_line(error)})")
         for rank, said in self.peers.items():
             if "last" in said:
+                with contextlib.suppress(RuntimeError):
+                    self.store.set(f"read/{self.rank}", "")
                 return RankLost(f"{self.name(rank)} gave up: {said['last']}", said["code"])
             if now - self.heard[rank] > SILENT:
                 where = f"for {SILENT:.0f} s, after step {said['step']}"
@@ -111,6 +113,8 @@ class Heart:
         self.stop()
         with contextlib.suppress(RuntimeError):  # without the store, they hear it from the broken connection
             self.store.set(f"beat/{self.rank}", json.dumps(self.me | {"beat": -1, "last": sentence, "code": code}))
+            if self.rank == 0:  # the store may end with this process: not before the others have read it
+                self.store.wait([f"read/{r}" for r in range(1, self.world)], timedelta(seconds=BEAT + 1))
 
     def why(self, error: Exception) -> RankLost:
         """What to say of a collective that failed: what a peer said before it left, else the error."""
