@@ -16,13 +16,15 @@ CHUNK = 8  # samples a task: small enough to balance, large enough that Python's
 
 
 def worker_count(configured: int, world: int) -> int:
-    """Decoding threads of this rank: as configured, else this rank's share of the cores, 1 to 16."""
+    """Decoding threads of this rank: as configured, else this rank's share of the cores, 1 to 16.
+
+    SLURM's cores are those of a task: of one rank, or of all ranks of a node where the task is torchrun.
+    """
     if configured > 0:
         return configured
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        cores = int(os.environ["SLURM_CPUS_PER_TASK"])
-    else:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    of_task = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if of_task else world))
+    cores = (of_task or len(os.sched_getaffinity(0))) // ranks
     return min(max(cores, 1), MAX_WORKERS)
 
 
