@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import replace
 from queue import Empty
+from typing import Any
 from unittest.mock import patch
 
 import numba
@@ -21,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_repro.data.batches import AHEAD, empty_batch, start_batch, upload
+from sam_repro.data.batches import AHEAD, empty_batch, start_batch
 from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.crop import Geometry
 from sam_repro.data.datasets import BetonSource
-from sam_repro.data.fill import Filler
 from sam_repro.data.order import Plan
+from sam_repro.data.torch_loader import TorchLoader
 
 # Importing ffcv compiles a typed dictionary of two constants (5 seconds; a plain one does as well), and sets the thread
 # counts of torch and numba to 1 for the whole process.
@@ -81,26 +82,13 @@ class _PageCache(OSCacheManager):
         return lambda address, storage: None
 
 
-class FFCVLoader:
-    """Batches of a .beton file (see the Loader protocol)."""
+class FFCVLoader(TorchLoader):
+    """Batches of a .beton file (see the Loader protocol), which FFCV's thread starts to fill from the page cache."""
 
     backend = "ffcv"
-    reason = ""
 
-    def __init__(
-        self,
-        source: BetonSource,
-        plan: Plan,
-        geometry: Geometry,
-        *,
-        workers: int,
-        device: torch.device,
-        magnitude: int = 0,
-    ) -> None:
-        self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
-        self.fill = Filler(source, geometry, plan.seed, magnitude)
-        self.samples, self.manifest = len(plan.indices), source.manifest
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    def __init__(self, source: BetonSource, plan: Plan, geometry: Geometry, **options: Any) -> None:
+        super().__init__(source, plan, geometry, **options)
         file = source.file
         self.direct = not fits_page_cache(file.path)
         if self.direct:
@@ -116,18 +104,6 @@ class FFCVLoader:
                 drop_last=False,
                 batches_ahead=AHEAD,
             )
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches start, start + 1, ... of one epoch. Fresh tensors: they may be kept."""
-        return upload(self._host_batches(epoch, start), self.device)
-
-    def close(self) -> None:
-        """End the threads and close the file."""
-        self.pool.shutdown(cancel_futures=True)
-        self.source.close()
 
     def _host_batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.plan.batches(epoch, start)
