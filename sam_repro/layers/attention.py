@@ -1,10 +1,10 @@
-"""Attention over sequences so short that one tile holds them: ViT-B/32's 49 tokens.
+"""Attention over short sequences: at most 64 tokens (ViT-B/32's 49) in one tile, up to 256 in tiles.
 
 A general kernel walks over blocks of keys with a running softmax, saves its normaliser, and needs q, k and v apart.
 With at most 64 tokens a head fits in one tile: forward and backward read the packed output of the qkv layer as it
 lies in memory, recompute the softmax, and write the packed gradient. So attention moves the fewest bytes there are,
 and nothing is transposed, split or concatenated around it. Same arithmetic as other flash kernels: products in bf16,
-softmax and sums in fp32.
+softmax and sums in fp32. Up to 256 tokens, `layers/tiled.py` does the same in tiles, with a saved normaliser.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-LONGEST = 64  # tokens that one tile holds
+ONE_TILE = 64  # tokens that one tile holds
+LONGEST = ONE_TILE  # tokens up to which the layer uses our kernels. The tiled ones take 256; not yet measured on a GPU
 HEAD_DIMS = (16, 32, 64, 128)
+TILED_HEAD_DIM = 64  # at most: beyond, dk and dv of a head do not fit in registers
 
 
 @torch.library.custom_op("sam_repro::short_attention", mutates_args=())
@@ -66,16 +68,69 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
 short_attention.register_autograd(_backward, setup_context=_save)
 
 
+@torch.library.custom_op("sam_repro::tiled_attention", mutates_args=())
+def tiled_attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """softmax(q k' / sqrt(D)) v of every head, in tiles, for any number of tokens.
+
+    Args:
+        qkv: (B, N, 3 heads D) bf16 on a GPU: q, k, v one after the other, heads within each; D <= 64.
+
+    Returns:
+        (B, N, heads D) bf16; and what backward needs, log2 of the softmax's normaliser, (B, heads, N) fp32, which has
+        no gradient.
+    """
+    from sam_repro.layers.tiled import forward
+
+    return forward(qkv.contiguous(), heads)
+
+
+@torch.library.custom_op("sam_repro::tiled_attention_backward", mutates_args=())
+def tiled_attention_backward(dy: Tensor, y: Tensor, lse: Tensor, qkv: Tensor, heads: int) -> Tensor:
+    """The gradient of qkv, (B, N, 3 heads D), from dy, (B, N, heads D)."""
+    from sam_repro.layers.tiled import backward
+
+    return backward(dy.contiguous(), y.contiguous(), lse.contiguous(), qkv.contiguous(), heads)
+
+
+@tiled_attention.register_fake
+def _(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    b, n, d = qkv.shape
+    return qkv.new_empty(b, n, d // 3), qkv.new_empty(b, heads, n, dtype=torch.float32)
+
+
+@tiled_attention_backward.register_fake
+def _(dy: Tensor, y: Tensor, lse: Tensor, qkv: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_tiled(ctx, inputs, output) -> None:
+    qkv, ctx.heads = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output)
+
+
+def _backward_tiled(ctx, dy: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    qkv, y, lse = ctx.saved_tensors
+    return tiled_attention_backward(dy, y, lse, qkv, ctx.heads), None
+
+
+tiled_attention.register_autograd(_backward_tiled, setup_context=_save_tiled)
+
+
 class ShortAttention(Attention):
-    """timm's Attention, with the kernel above where it fits: bf16 on a GPU, few tokens, nothing between the parts."""
+    """timm's Attention, with the kernels above where they fit: bf16 on a GPU, few tokens, nothing between the parts."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); `more` is what newer versions of timm know, such as is_causal."""
-        fits = x.is_cuda and x.shape[1] <= LONGEST and attn_mask is None and not any(more.values())
+        tokens = x.shape[1]
+        fits = tokens <= (LONGEST if self.head_dim <= TILED_HEAD_DIM else ONE_TILE)
+        fits = fits and x.is_cuda and attn_mask is None and not any(more.values())
         if not fits or not torch.is_autocast_enabled("cuda"):
             return super().forward(x, attn_mask, **more)
         qkv = self.qkv(x)
-        return self.proj_drop(self.proj(short_attention(qkv, self.num_heads)))
+        if tokens <= ONE_TILE:
+            return self.proj_drop(self.proj(short_attention(qkv, self.num_heads)))
+        return self.proj_drop(self.proj(tiled_attention(qkv, self.num_heads)[0]))
 
 
 def use_short_attention(model: nn.Module) -> None:

@@ -117,26 +117,66 @@ def test_training_learns_and_resumes(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def both_attentions(images, tokens, heads, d, ours):
+    """Output and gradient of `ours`, a function of packed qkv in bf16, each beside softmax attention in float64."""
+    qkv = torch.randn(images, tokens, 3 * heads * d, device="cuda").bfloat16().requires_grad_()
+    dy = torch.randn(images, tokens, heads * d, device="cuda").bfloat16()
+    q, k, v = qkv.double().reshape(images, tokens, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+    y = (torch.softmax(q @ k.mT / d**0.5, -1) @ v).transpose(1, 2).reshape(images, tokens, heads * d)
+    (expected,) = torch.autograd.grad(y, qkv, dy.double())
+    out = ours(qkv)
+    (gradient,) = torch.autograd.grad(out, qkv, dy)
+    return (out, y), (gradient, expected)
+
+
+def near(x, truth) -> bool:
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item() < 5e-3
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 49, 64])
 @pytest.mark.parametrize("d", [16, 64])
 def test_short_attention_equals_plain_attention(tokens, d):
     from sam_repro.layers.attention import short_attention
 
-    heads, images = 3, 5
-    exact = torch.randn(images, tokens, 3 * heads * d, device="cuda", requires_grad=True)
-    dy = torch.randn(images, tokens, heads * d, device="cuda")
+    for ours, truth in both_attentions(5, tokens, 3, d, lambda qkv: short_attention(qkv, 3)):
+        assert near(ours, truth)
 
-    def attention(qkv, dtype):
-        q, k, v = qkv.to(dtype).reshape(images, tokens, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
-        return torch.softmax(q @ k.mT / d**0.5, -1) @ v
 
-    rounded = exact.detach().bfloat16().requires_grad_()
-    y = attention(rounded, torch.float64).transpose(1, 2).reshape(images, tokens, heads * d)
-    (expected,) = torch.autograd.grad(y, rounded, dy.bfloat16().double())
-    ours = short_attention(rounded, heads)
-    (gradient,) = torch.autograd.grad(ours, rounded, dy.bfloat16())
-    for x, truth in ((ours, y), (gradient, expected)):
-        assert ((x.double() - truth.double()).norm() / truth.double().norm()).item() < 5e-3
+@pytest.mark.parametrize("tokens", [65, 100, 128, 196, 197, 256])
+@pytest.mark.parametrize("d", [16, 64])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tiled_attention_equals_plain_attention(tokens, d, compiled):
+    from sam_repro.layers.attention import tiled_attention
+
+    def attention(qkv):
+        return tiled_attention(qkv, 3)[0]
+
+    if compiled and tokens != 196:
+        pytest.skip("one count of tokens is enough to compile")
+    pairs = both_attentions(5, tokens, 3, d, torch.compile(attention) if compiled else attention)
+    for part in range(3):  # of the gradient: dq, dk and dv apart, since one could hide another
+        c = slice(part * 3 * d, (part + 1) * 3 * d)
+        assert near(pairs[1][0][..., c], pairs[1][1][..., c])
+    assert near(*pairs[0])
+
+
+def test_the_layer_takes_the_tiled_kernel(monkeypatch):
+    from timm.layers.attention import Attention
+
+    from sam_repro.layers import attention
+
+    monkeypatch.setattr(attention, "LONGEST", 256)
+    layer = Attention(192, num_heads=3, qkv_bias=True).cuda()
+    x = torch.randn(2, 196, 192, device="cuda")
+    found = []
+    for kind in (Attention, attention.ShortAttention):
+        layer.__class__ = kind
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = layer(leaf)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), [leaf, *layer.parameters()])))
+    for theirs, ours in zip(*found, strict=True):
+        assert ((theirs.double() - ours.double()).norm() / theirs.double().norm()).item() < 2e-2
 
 
 @pytest.mark.parametrize("size", [(112, 112), (7, 9)])

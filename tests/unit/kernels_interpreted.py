@@ -9,18 +9,45 @@ import torch
 import torch.nn.functional as F
 
 from sam_repro.layers import kernels as layers
+from sam_repro.layers import tiled as layers_tiled
+from sam_repro.layers.attention import tiled_attention
 from sam_repro.optim import kernels as passes
 
 
-def attention() -> None:
-    images, tokens, heads, d = 2, 49, 3, 16
-    qkv = torch.randn(images, tokens, 3 * heads * d, requires_grad=True)
+def plain_attention(images: int, tokens: int, heads: int, d: int):
+    """Random packed qkv and dy, and softmax attention's output, log2 of its normaliser and gradient, in float64."""
+    qkv = torch.randn(images, tokens, 3 * heads * d, dtype=torch.float64, requires_grad=True)
     q, k, v = qkv.reshape(images, tokens, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
-    y = (torch.softmax(q @ k.mT / d**0.5, -1) @ v).transpose(1, 2).reshape(images, tokens, heads * d)
+    s = q @ k.mT / d**0.5
+    y = (torch.softmax(s, -1) @ v).transpose(1, 2).reshape(images, tokens, heads * d)
     dy = torch.randn_like(y)
     (gradient,) = torch.autograd.grad(y, qkv, dy)
-    torch.testing.assert_close(layers.forward(qkv.detach(), heads), y, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layers.backward(dy, qkv.detach(), heads), gradient, rtol=1e-4, atol=1e-5)
+    lse = torch.logsumexp(s, -1) / math.log(2)
+    return (x.detach().float() for x in (qkv, dy, y, lse, gradient))
+
+
+def attention() -> None:
+    qkv, dy, y, _, gradient = plain_attention(2, 49, 3, 16)
+    torch.testing.assert_close(layers.forward(qkv, 3), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layers.backward(dy, qkv, 3), gradient, rtol=1e-4, atol=1e-5)
+
+
+def tiled() -> None:
+    for tokens, heads, d in ((65, 2, 16), (100, 2, 32), (196, 1, 64), (197, 2, 16), (256, 1, 64)):
+        qkv, dy, y, lse, gradient = plain_attention(1, tokens, heads, d)
+        ours, normaliser = layers_tiled.forward(qkv, heads)
+        torch.testing.assert_close(ours, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(normaliser, lse, rtol=1e-4, atol=1e-5)
+        found = layers_tiled.backward(dy, ours, normaliser, qkv, heads)
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
+    leaf = qkv.requires_grad_()  # the same through the operators
+    assert torch.equal(torch.autograd.grad(tiled_attention(leaf, heads)[0], leaf, dy)[0], found)
+    # Scores far below zero: a padded key, whose score is 0, would outweigh them all. Equal scores: y is the mean of v.
+    c = heads * d
+    qkv = torch.cat([torch.full((2, 197, c), 40.0), torch.full((2, 197, c), -40.0), torch.randn(2, 197, c)], -1)
+    ours, normaliser = layers_tiled.forward(qkv, heads)
+    torch.testing.assert_close(ours, qkv[..., 2 * c :].mean(1, keepdim=True).expand_as(ours), rtol=1e-4, atol=1e-5)
+    assert layers_tiled.backward(torch.ones_like(ours), ours, normaliser, qkv, heads).isfinite().all()
 
 
 def pooling() -> None:
@@ -58,7 +85,7 @@ def step() -> None:
     near(torch.cat([x.reshape(-1) for x in out]), flat_w + a @ flat_g + b @ flat_p)
 
 
-for check in (attention, pooling, step):
+for check in (attention, tiled, pooling, step):
     torch.manual_seed(0)
     check()
     print(check.__name__)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from sam_repro.config import choices, compose_config
 from sam_repro.errors import UserError
-from sam_repro.layers.attention import ShortAttention, short_attention
+from sam_repro.layers.attention import ShortAttention, short_attention, tiled_attention
 from sam_repro.models import PatchLinear, StemConv, blocked_stem, build_model
 
 
@@ -112,3 +112,5 @@ def test_short_attention_replaces_timm_s_and_keeps_its_weights():
     qkv = torch.randn(2, 49, 3 * 4 * 16)
     with torch.device("meta"):
         assert short_attention(qkv.to("meta"), 4).shape == (2, 49, 64)
+        y, lse = tiled_attention(qkv.to("meta"), 4)
+        assert y.shape == (2, 49, 64) and lse.shape == (2, 4, 49) and lse.dtype == torch.float32
