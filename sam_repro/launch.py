@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_repro import failure
-from sam_repro.config import config_dir, explain, register_schema, typed, validate
+from sam_repro.config import config_dir, explain, register_schema, typed
+from sam_repro.config_check import validate
 from sam_repro.errors import RankLost, UserError
 from sam_repro.signals import Interrupted, ignore_signals
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from sam_repro import checkpoint, failure, ledger
-from sam_repro.config import Config, config_hash, run_id, to_dict, validate
+from sam_repro.config import Config, config_hash, run_id, to_dict
+from sam_repro.config_check import validate
 from sam_repro.data.augment import cutout, mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks

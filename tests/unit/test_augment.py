@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam_repro.config import AugmentConfig, DataConfig, compose_config, validate
+from sam_repro.config import AugmentConfig, DataConfig, compose_config
+from sam_repro.config_check import validate
 from sam_repro.data import build_loader
 from sam_repro.data.augment import OPERATIONS, cutout, mixup, rand_augment
 from sam_repro.errors import UserError

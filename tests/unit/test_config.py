@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro.config import Config, choices, compose_config, config_hash, fields_of, run_id, validate
+from sam_repro.config import Config, choices, compose_config, config_hash, fields_of, run_id
+from sam_repro.config_check import validate
 from sam_repro.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

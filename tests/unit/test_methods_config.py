@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sam_repro.config import choices, compose_config, validate
+from sam_repro.config import choices, compose_config
+from sam_repro.config_check import validate
 from sam_repro.config_optim import WORDS
 from sam_repro.errors import UserError
 from sam_repro.log import read_log

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sam_repro.config import compose_config, validate
+from sam_repro.config import compose_config
+from sam_repro.config_check import validate
 from sam_repro.errors import UserError
 from sam_repro.initial import start_from
 from sam_repro.models import build_model

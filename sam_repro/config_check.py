@@ -1,0 +1,77 @@
+"""What a configuration may not be although its types fit: one sentence for what a user typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sam_repro.config import Config, nearest
+from sam_repro.config_optim import WORDS, check_method
+from sam_repro.errors import UserError
+
+
+def validate(cfg: Config) -> None:
+    """Check ranges and words that types cannot express.
+
+    Raises UserError with one sentence that names the key and what it may be.
+    """
+    words = {
+        "recipe.schedule": ("linear", "cosine", "constant"),
+        "recipe.decay": ("kernels", "all"),
+        "recipe.loss": ("sigmoid", "softmax"),
+        "augment.crop": ("inception", "pad", "none"),
+        "data.backend": ("auto", "ffcv", "torch", "memory"),
+        "data.decode": ("auto", "cpu", "gpu"),
+        "data.interpolation": ("area", "bilinear", "bicubic"),
+        "train.device": ("auto", "cpu", "cuda"),
+        "train.dtype": ("auto", "bf16", "fp32"),
+        "train.reduce": ("fp32", "bf16"),
+        "log.wandb": ("auto", "online", "offline", "disabled"),
+        "log.progress": ("auto", "bar", "lines"),
+        **{f"optim.{key}": allowed for key, allowed in WORDS.items()},
+    }
+    positive = ("recipe.batch_size", "recipe.lr", "recipe.epochs", "data.num_classes", "data.image_size")
+    positive += ("data.eval_resize", "data.eval_batch_size", "train.log_every", "sharpness.batch")
+    positive += ("train.timeout_minutes",)
+    not_negative = ("recipe.warmup_steps", "recipe.weight_decay", "recipe.clip")
+    not_negative += ("augment.cutout", "augment.mixup", "augment.randaugment", "data.finetune_warmup")
+    not_negative += ("data.workers", "train.save_every_steps", "train.eval_every_epochs", "seed")
+    not_negative += ("sharpness.images", "sharpness.every", "train.threads")
+    lengths = {"recipe.betas": 2, "augment.scale": 2, "augment.ratio": 2, "data.mean": 3, "data.std": 3}
+    for key, allowed in words.items():
+        value = lookup(cfg, key)
+        if value not in allowed:
+            raise UserError(f"{key}={value} is not one of {', '.join(allowed)}{nearest(str(value), list(allowed))}")
+    for key in positive:
+        if not 0 < lookup(cfg, key) < float("inf"):
+            raise UserError(f"{key}={lookup(cfg, key)} must be greater than 0")
+    for key in not_negative:
+        if not 0 <= lookup(cfg, key) < float("inf"):
+            raise UserError(f"{key}={lookup(cfg, key)} must be a finite number, 0 or greater")
+    for key, length in lengths.items():
+        if len(lookup(cfg, key)) != length:
+            raise UserError(f"{key}={lookup(cfg, key)} must be {length} numbers")
+    check_method(cfg.optim)
+    if not min(cfg.data.std) > 0:
+        raise UserError(f"data.std={cfg.data.std} must be greater than 0")
+    if not 0 <= cfg.recipe.label_smoothing <= 1:
+        raise UserError(f"recipe.label_smoothing={cfg.recipe.label_smoothing} must lie in [0, 1]")
+    if not 0 < cfg.recipe.lr_min_ratio <= 1:
+        raise UserError(f"recipe.lr_min_ratio={cfg.recipe.lr_min_ratio} must lie in (0, 1]")
+    if not 0 <= cfg.data.label_noise < 1 or (cfg.data.label_noise and cfg.data.num_classes < 2):
+        raise UserError(f"data.label_noise={cfg.data.label_noise} must lie in [0, 1), with two classes or more")
+    if not 0 < cfg.data.train_fraction <= 1:
+        raise UserError(f"data.train_fraction={cfg.data.train_fraction} must lie in (0, 1]")
+    if cfg.recipe.steps is not None and cfg.recipe.steps < 1:
+        raise UserError(f"recipe.steps={cfg.recipe.steps} must be at least 1, or null to go by epochs")
+    if cfg.data.eval_resize < cfg.data.image_size:
+        raise UserError(
+            f"data.eval_resize={cfg.data.eval_resize} is smaller than data.image_size={cfg.data.image_size}"
+        )
+
+
+def lookup(cfg: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = cfg
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
