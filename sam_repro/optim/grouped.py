@@ -106,7 +106,7 @@ def accept_groups(model: nn.Module, handled: tuple[type[nn.Module], ...] = ()) -
     for prefix, module in model.named_modules():
         if type(module) is nn.Linear:
             module.__class__ = GroupedLinear
-        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine and len(module.normalized_shape) == 1:
+        elif is_layer_norm(module):
             module.__class__ = GroupedLayerNorm
         elif not isinstance(module, (GroupedLinear, *handled)):
             own = [name for name, _ in module.named_parameters(recurse=False)]
@@ -114,6 +114,13 @@ def accept_groups(model: nn.Module, handled: tuple[type[nn.Module], ...] = ()) -
                 return None
             loose |= set(own)
     return loose
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """torch's LayerNorm over the last dimension, or timm's of the same name; not timm's LayerNorm2d, over channels."""
+    if not isinstance(module, nn.LayerNorm) or type(module).__name__ not in ("LayerNorm", "GroupedLayerNorm"):
+        return False
+    return module.elementwise_affine and len(module.normalized_shape) == 1
 
 
 def spread_loose(tensors: dict[str, Tensor], loose: dict[str, int], images: int) -> dict[str, Tensor]:

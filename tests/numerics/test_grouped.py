@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sam_repro.config import compose_config
+from sam_repro.config import ModelConfig, compose_config
 from sam_repro.models import PatchLinear, build_model
 from sam_repro.objective import objective_of
 from sam_repro.optim.grouped import accept_groups
@@ -57,6 +57,15 @@ def test_which_models_take_groups():
         keys = list(model.state_dict())
         assert accept_groups(model, (PatchLinear,)) == loose
         assert accept_groups(model, (PatchLinear,)) == loose and list(model.state_dict()) == keys
+
+
+def test_a_norm_over_channels_is_left_alone():
+    cfg = ModelConfig(name="convnext", timm="test_convnext", family="resnet")
+    model = build_model(cfg, num_classes=5, image_size=64).eval()  # with LayerNorm2d, a subclass of nn.LayerNorm
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    assert accept_groups(model, (PatchLinear,)) is None
+    assert_close(model(images), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["vit_s32", "resnet50"])
