@@ -68,7 +68,9 @@ def split_batch(cfg: Config, world: int) -> int:
     if rest:
         raise UserError(f"recipe.batch_size={cfg.recipe.batch_size} does not divide over {world} processes")
     if cfg.optim.perturb != "none" and local % cfg.optim.m:
-        raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process")
+        most = cfg.recipe.batch_size // cfg.optim.m
+        hint = f"; recipe.batch_size={cfg.recipe.batch_size} is enough for {most} of them" if 0 < most < world else ""
+        raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process{hint}")
     return local
 
 
