@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam_repro.optim import GradientStep
 
@@ -28,3 +28,17 @@ def gradient_of(
         step.clip_(clip)
     assert p.grad is not None
     return p.grad.clone()
+
+
+def network(dropout: float = 0.2) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def data(n: int = 16) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(n, 6, dtype=torch.float64), torch.randint(3, (n,))
+
+
+DATA = data()
