@@ -43,7 +43,7 @@ class Tracker:
                 run.log(item[1], step=item[0])
             run.finish()
         except BaseException as error:  # no network, no package, a bad key: the run goes on without
-            self.say(f"W&B is off: {' '.join(str(error).split())[:200]}")
+            self.say(f"W&B is off: {' '.join(str(error).split())[:200].rstrip('.')}")
 
     def close(self) -> None:
         """Let it send the rest, for a while."""
