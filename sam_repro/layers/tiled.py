@@ -33,8 +33,9 @@ KEYS = (64, 32, 4, 2)
 
 @triton.jit
 def _forward_rows(
-    qkv, y, lse, first, tokens, scale, HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):
+    qkv, y, lse, first, tokens, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     WIDTH: tl.constexpr = HEADS * D
     row, d = first + tl.arange(0, M), tl.arange(0, D)[None, :]
     q = tl.load(qkv + (row[:, None] * (3 * WIDTH) + d), row[:, None] < tokens, other=0.0)
@@ -60,21 +61,9 @@ def _forward_rows(
 
 @triton.jit
 def _query_rows(
-    dy,
-    y,
-    lse,
-    delta,
-    qkv,
-    dqkv,
-    first,
-    tokens,
-    scale,
-    root,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    dy, y, lse, delta, qkv, dqkv, first, tokens, scale, root,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     WIDTH: tl.constexpr = HEADS * D
     row, d = first + tl.arange(0, M), tl.arange(0, D)[None, :]
     inside = row[:, None] < tokens
@@ -100,20 +89,9 @@ def _query_rows(
 
 @triton.jit
 def _key_rows(
-    dy,
-    lse,
-    delta,
-    qkv,
-    dqkv,
-    first,
-    tokens,
-    scale,
-    root,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    dy, lse, delta, qkv, dqkv, first, tokens, scale, root,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     WIDTH: tl.constexpr = HEADS * D
     row, d = first + tl.arange(0, M), tl.arange(0, D)[None, :]
     inside = row[:, None] < tokens
@@ -152,20 +130,9 @@ def _forward(qkv, y, lse, tokens, scale, HEADS: tl.constexpr, D: tl.constexpr, M
 
 @triton.jit
 def _queries(
-    dy,
-    y,
-    lse,
-    delta,
-    qkv,
-    dqkv,
-    tokens,
-    scale,
-    root,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    dy, y, lse, delta, qkv, dqkv, tokens, scale, root,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(tokens, M)
     program, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * M
     at = program // HEADS * tokens * (HEADS * D)
@@ -180,19 +147,9 @@ def _queries(
 
 @triton.jit
 def _keys(
-    dy,
-    lse,
-    delta,
-    qkv,
-    dqkv,
-    tokens,
-    scale,
-    root,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    dy, lse, delta, qkv, dqkv, tokens, scale, root,
+    HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(tokens, M)
     program, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * M
     at = program // HEADS * tokens * (HEADS * D)
