@@ -22,9 +22,8 @@ def rho_of(cfg: Config, lr: float) -> float:
     o, r = cfg.optim, cfg.recipe
     if o.rho_schedule == "constant":
         return o.rho_max
-    return rho_at(
-        lr, lr_max=r.lr, lr_min=r.lr * r.lr_min_ratio, rho_max=o.rho_max, rho_min=o.rho_min, faithful=o.faithful_rho
-    )
+    lr_min = 0.0 if r.schedule == "cosine" else r.lr * r.lr_min_ratio  # where lr_at ends
+    return rho_at(lr, lr_max=r.lr, lr_min=lr_min, rho_max=o.rho_max, rho_min=o.rho_min, faithful=o.faithful_rho)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -19,6 +19,7 @@ from sam_repro.optim import COMBINATIONS, PERTURBATIONS, THREE_PASSES
 from sam_repro.optim.eigen import PowerIteration
 from sam_repro.optim.entropy_sgd import EntropySGD
 from sam_repro.optim.perturb import RENORMALISE
+from sam_repro.schedules import lr_schedule_of, rho_of
 from sam_repro.train import main
 
 # perturb, combine, rho_max, rho_min (None: the model's), and what else defines the method
@@ -175,3 +176,11 @@ def test_the_main_job_resumes_bitwise(optim, model, tmp_path):
     if optim.startswith("eigen"):
         last = [r for r in read_log(run / "log.jsonl") if "products" in r][-1]
         assert last["products"] == 4 and last["product_seconds"] > 0 and 0 < last["product_share"] < 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_radius_reaches_both_its_ends_with_the_learning_rate(schedule):
+    words = ["model=vit_s32", "optim=gsam", f"recipe.schedule={schedule}", "recipe.warmup_steps=0"]
+    cfg = compose_config([*words, "optim.rho_max=0.2", "optim.rho_min=0.05"])
+    lr = lr_schedule_of(cfg, 100)
+    assert rho_of(cfg, lr(0)) == pytest.approx(0.2) and rho_of(cfg, lr(100)) == pytest.approx(0.05)
