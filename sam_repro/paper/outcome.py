@@ -131,7 +131,9 @@ def value_of(row: Row, column: Column) -> float | None:
     node: Any = row
     for key in column.value.split("."):
         node = node.get(key) if isinstance(node, dict) else None
-    return float(node) if isinstance(node, (int, float)) else None
+    if not isinstance(node, (int, float)):
+        return None
+    return abs(float(node)) if column.magnitude else float(node)
 
 
 def computed(row: TableRow, column: Column) -> float | None:

@@ -5,9 +5,9 @@ title:    one line
 source:   where the numbers are printed
 base:     overrides that all rows share
 seeds:    how many seeds a row wants (0 ... seeds - 1)
-columns:  name: {title, value, unit, digits}   the first one decides the order of methods. Without `value`, the
-          accuracy in % on the evaluation set of that name; else a dotted path in the ledger row, or
-          last.<metric>: the end of a training curve
+columns:  name: {title, value, magnitude, unit, digits}   the first one decides the order of methods. Without `value`,
+          the accuracy in % on the evaluation set of that name; else a dotted path in the ledger row, or
+          last.<metric>: the end of a training curve; `magnitude: true` drops its sign
 order:    methods from worst to best, as the paper claims; each is the second part of a row's id
 select:   evaluation set on which a sweep's winner is chosen, never the test set
 warnings: deviation ids (docs/DEVIATIONS.md) that concern every row
@@ -58,6 +58,7 @@ class Column:
     name: str
     title: str
     value: str | None = None  # dotted path in the ledger row; None: accuracy on the evaluation set `name`
+    magnitude: bool = False  # |value|
     unit: str = "%"
     digits: int = 1  # decimals that the paper prints
 

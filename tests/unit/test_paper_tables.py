@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from scipy import stats as scipy_stats
 from sam_repro.cli import main
 from sam_repro.ledger import write_row
 from sam_repro.paper.figures import colours_of_series, draw
-from sam_repro.paper.outcome import outcomes, winners
+from sam_repro.paper.outcome import outcomes, value_of, winners
 from sam_repro.paper.report import Part, assemble
 from sam_repro.paper.runs import runs_of
-from sam_repro.paper.spec import load_table, parse_table
+from sam_repro.paper.spec import Column, load_table, parse_table
 from sam_repro.paper.stats import compare, interval, verdict
 from sam_repro.paper.style import METHODS, spread
 from sam_repro.paper.tables import render
@@ -230,3 +231,10 @@ def test_a_point_of_a_sweep_with_a_diverged_seed_does_not_win(tmp_path: Path) ->
             write_row(tmp_path, fake | ({"status": "diverged"} if (minival, run.config.seed) == (350, 1) else {}))
     (winner,) = winners(table, outcomes(table, tmp_path))
     assert winner.outcome.row.point == {"model.sam_rho": 0.1} and winner.measured == 1
+
+
+def test_a_column_can_drop_the_sign():
+    row = {"evals": {}, "sharpness": {"lambda_max": -3.5}}
+    signed = Column("l", "λ", value="sharpness.lambda_max")
+    assert value_of(row, signed) == -3.5 and value_of(row, replace(signed, magnitude=True)) == 3.5
+    assert value_of({"evals": {}}, replace(signed, magnitude=True)) is None
