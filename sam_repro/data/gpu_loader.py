@@ -6,6 +6,7 @@ Decoding and cropping run on streams of their own, while the step runs on its ow
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -129,7 +130,9 @@ class GPULoader:
             for k in jpegs:
                 try:
                     images[k] = self.decode([stored[k]], self.device)[0]
-                except RuntimeError:
+                except RuntimeError as error:  # said, since its pixels differ a little: the processor's from now on
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    warnings.warn(f"the processor decodes what the GPU's decoder refuses: {reason}", stacklevel=2)
                     self.refused[indices[k]] = True
                     stored[k] = self.source.read(indices[k])
         for k, item in enumerate(stored):
