@@ -23,6 +23,7 @@ Without a run:
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,8 @@ def of_weights(args: Namespace, folder: Path, ranks: Ranks) -> tuple[Numbers, Dr
     model.to(ranks.device).eval()
     batches = probe_batches(cfg, ranks, images=args.images, batch=args.batch_size, seed=args.seed)
     hessian = loss_hessian(cfg, model, batches, ranks)
-    with tqdm(desc=args.what, unit=" sweeps", disable=None if ranks.main else True) as bar:
+    patience = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file wants a sign of life, not a film
+    with tqdm(desc=args.what, unit=" sweeps", disable=not ranks.main, mininterval=patience, maxinterval=60) as bar:
         hessian.after = bar.update
         try:
             numbers, draw = OF_WEIGHTS[args.what](args, hessian)
