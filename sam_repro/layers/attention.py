@@ -128,9 +128,8 @@ class ShortAttention(Attention):
         if not fits or not torch.is_autocast_enabled("cuda"):
             return super().forward(x, attn_mask, **more)
         qkv = self.qkv(x)
-        if tokens <= ONE_TILE:
-            return self.proj_drop(self.proj(short_attention(qkv, self.num_heads)))
-        return self.proj_drop(self.proj(tiled_attention(qkv, self.num_heads)[0]))
+        y = short_attention(qkv, self.num_heads) if tokens <= ONE_TILE else tiled_attention(qkv, self.num_heads)[0]
+        return self.proj_drop(self.proj(y))
 
 
 def use_short_attention(model: nn.Module) -> None:

@@ -32,6 +32,13 @@ KEYS = (64, 32, 4, 2)
 
 
 @triton.jit
+def _keys_and_values(qkv, token, tokens, d, WIDTH: tl.constexpr):
+    """k and v of some tokens of a head, zeros past the last one."""
+    at, inside = token[:, None] * (3 * WIDTH) + WIDTH + d, token[:, None] < tokens
+    return tl.load(qkv + at, inside, other=0.0), tl.load(qkv + at + WIDTH, inside, other=0.0)
+
+
+@triton.jit
 def _forward_rows(
     qkv, y, lse, first, tokens, scale,
     HEADS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -44,9 +51,7 @@ def _forward_rows(
     out = tl.zeros([M, D], tl.float32)
     for start in range(0, tokens, N):
         column = start + tl.arange(0, N)
-        at = column[:, None] * (3 * WIDTH) + WIDTH + d
-        k = tl.load(qkv + at, column[:, None] < tokens, other=0.0)
-        v = tl.load(qkv + at + WIDTH, column[:, None] < tokens, other=0.0)
+        k, v = _keys_and_values(qkv, column, tokens, d, WIDTH)
         s = tl.where((column < tokens)[None, :], tl.dot(q, tl.trans(k)), float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
@@ -77,9 +82,7 @@ def _query_rows(
     dq = tl.zeros([M, D], tl.float32)
     for start in range(0, tokens, N):
         column = start + tl.arange(0, N)
-        at = column[:, None] * (3 * WIDTH) + WIDTH + d
-        k = tl.load(qkv + at, column[:, None] < tokens, other=0.0)
-        v = tl.load(qkv + at + WIDTH, column[:, None] < tokens, other=0.0)
+        k, v = _keys_and_values(qkv, column, tokens, d, WIDTH)
         s = tl.dot(q, tl.trans(k)) * scale - norm[:, None]
         p = tl.exp2(tl.where((column < tokens)[None, :], s, float("-inf")))  # else exp2(-lse), perhaps infinite
         dp = tl.dot(dout, tl.trans(v))
@@ -94,10 +97,7 @@ def _key_rows(
 ):  # fmt: skip
     WIDTH: tl.constexpr = HEADS * D
     row, d = first + tl.arange(0, M), tl.arange(0, D)[None, :]
-    inside = row[:, None] < tokens
-    at = row[:, None] * (3 * WIDTH) + WIDTH + d
-    k = tl.load(qkv + at, inside, other=0.0)
-    v = tl.load(qkv + at + WIDTH, inside, other=0.0)
+    k, v = _keys_and_values(qkv, row, tokens, d, WIDTH)
     dk = tl.zeros([M, D], tl.float32)
     dv = tl.zeros([M, D], tl.float32)
     for start in range(0, tokens, N):
@@ -111,6 +111,7 @@ def _key_rows(
         dv = tl.dot(p.to(k.dtype), dout, dv)
         dp = tl.dot(v, tl.trans(dout))
         dk = tl.dot((p * (dp - mean[None, :])).to(k.dtype), q, dk)
+    at, inside = row[:, None] * (3 * WIDTH) + WIDTH + d, row[:, None] < tokens
     tl.store(dqkv + at, (dk * root).to(k.dtype), inside)
     tl.store(dqkv + at + WIDTH, dv.to(k.dtype), inside)
 

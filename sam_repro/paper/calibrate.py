@@ -96,7 +96,7 @@ def measure_loader(cfg: Config) -> Entry:
             images += len(pixels)
             if time.perf_counter() - start > LOADER_SECONDS:
                 break
-    elapsed = time.perf_counter() - start
+        elapsed = time.perf_counter() - start
     if not images:
         raise UserError(f"data={cfg.data.name} has only one batch of {batch}: too few to time the loader")
     entry = {"kind": "loader", "data": cfg.data.name, "backend": loader.backend, "workers": cfg.data.workers}
