@@ -235,7 +235,11 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     one_model = len({o.row.model for o in found}) == 1
     lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in found))
     colours = colours_of([o.row.method_id for o in found])
-    figure.set_figheight(max(3.0, 1.7 + 0.3 * len(lines)))
+    methods = [] if one_model else list(colours)
+    beside = {
+        m: 0.7 * ((i + 0.5) / len(methods) - 0.5) for i, m in enumerate(methods)
+    }  # so that intervals do not overlap
+    figure.set_figheight(max(3.0, 1.7 + max(0.3, 0.13 * len(methods)) * len(lines)))
     height = figure.get_figheight()
     figure.subplots_adjust(wspace=0.12, top=1 - 1.05 / height, bottom=0.75 / height)
     for ax, column in zip(axes, panels, strict=True):
@@ -247,7 +251,7 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
         drawn = False
         for o in found:
             y, cell = lines.index(o.row.method if one_model else o.row.model), cell_of(o, column)
-            colour = colours[o.row.method_id]
+            y, colour = y + beside.get(o.row.method_id, 0), colours[o.row.method_id]
             if isinstance(cell.printed, (int, float)):
                 ax.plot(cell.printed, y, **PRINTED | {"markeredgecolor": colour})
                 drawn = True
