@@ -125,26 +125,13 @@ def worker(args: argparse.Namespace) -> None:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def table(result: dict) -> str:
-    """The Markdown table of a stored result."""
-    lines = [
-        "| model | method | m | reduced in | GPUs | ms a step | images/s | efficiency | reduction, ms | alone, ms |"
-    ]
-    lines += ["|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
-    for r in result["entries"]:
-        cells = [r["model"], r["method"], str(r["m"]), r["reduce"], str(r["gpus"]), f"{1e3 * r['step']:.2f}"]
-        cells += [f"{r['images_per_second']:.0f}", f"{100 * r['efficiency']:.1f} %"]
-        cells += [f"{1e3 * r['reduction']:.2f}", f"{1e3 * r['alone']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     args = arguments()
     if args.worker:
         worker(args)
         return
     from sam_repro import ledger
+    from sam_repro.paper.scaling import table
 
     entries: list[dict] = []
     result = {"batch": args.batch, "rounds": args.rounds, "steps": args.steps, "entries": entries}
@@ -158,10 +145,6 @@ def main() -> None:
             entries += json.loads(rows.read_text()) if rows.exists() else []
             if code:
                 print(f"{gpus} GPUs: exit code {code}", file=sys.stderr)
-        one = {(r["model"], r["method"], r["m"]): r["images_per_second"] for r in entries if r["gpus"] == 1}
-        for r in entries:
-            base = one.get((r["model"], r["method"], r["m"]))
-            r["efficiency"] = r["images_per_second"] / (r["gpus"] * base) if base else float("nan")
         if args.device == "cuda":
             import torch
 
@@ -169,7 +152,7 @@ def main() -> None:
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(table([result]))
 
 
 if __name__ == "__main__":

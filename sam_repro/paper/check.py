@@ -26,7 +26,7 @@ from pathlib import Path
 from sam_repro.config import compose_config
 from sam_repro.errors import UserError
 from sam_repro.ledger import read_row
-from sam_repro.paper import speed
+from sam_repro.paper import scaling, speed
 from sam_repro.paper.claims import judged
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.report import Part, assemble, parts_of
@@ -116,7 +116,8 @@ def fill(command: str) -> str:
     """What `sam-repro <command>` prints."""
     name, *words = shlex.split(command)
     if name == "speed":
-        return speed.table(speed.load()) + "\n"
+        part = scaling if "--scaling" in words else speed
+        return part.table(part.load()) + "\n"
     parser = ArgumentParser(prog="sam-repro table", exit_on_error=False)
     parser.add_argument("table")
     parser.add_argument("--format", choices=sorted(FORMATS), default="md")

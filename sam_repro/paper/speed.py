@@ -2,6 +2,7 @@
 
   sam-repro speed                                      # the table of README
   sam-repro speed --chart results/figures/speed        # and its bars
+  sam-repro speed --scaling [--chart STEM]             # many GPUs: the table of docs/SCALING.md
 
 The floor is two forward+backward passes and one optimizer step, written plainly with the same layers. Every ratio is of
 figures measured in one run, by benchmarks/step.py; a dash is what was not run.
@@ -10,11 +11,13 @@ figures measured in one run, by benchmarks/step.py; a dash is what was not run.
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 from sam_repro.errors import UserError
+from sam_repro.paper import scaling
 from sam_repro.paper.rates import benchmarks_dir
 from sam_repro.paper.style import RC, save
 
@@ -25,17 +28,20 @@ PARTIES = {"gsam-m": "GSAM, one group", "gsam-64": "GSAM, m = 64", "davda54": "d
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--folder", type=Path, help="of the JSON files (default: results/benchmarks)")
+    parser.add_argument("--scaling", action="store_true", help="what benchmarks/scaling.py measured, instead")
     parser.add_argument("--chart", type=Path, metavar="STEM", help="draw STEM.svg and STEM.png")
 
 
 def run(args: Namespace) -> int:
     """Print the table."""
-    results = load(args.folder)
+    part = scaling if args.scaling else sys.modules[__name__]
+    results = part.load(args.folder)
     if not results:
-        raise UserError("no file of benchmarks/step.py in results/benchmarks; see benchmarks/README.md")
-    print(table(results))
+        script = "scaling" if args.scaling else "step"
+        raise UserError(f"no file of benchmarks/{script}.py in results/benchmarks; see benchmarks/README.md")
+    print(part.table(results))
     if args.chart:
-        print("\n".join(map(str, draw(results, args.chart))))
+        print("\n".join(map(str, part.draw(results, args.chart))))
     return 0
 
 

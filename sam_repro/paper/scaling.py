@@ -1,0 +1,101 @@
+"""Many GPUs of one host: what benchmarks/scaling.py measured, beside the model of docs/SCALING.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sam_repro.paper.rates import benchmarks_dir
+from sam_repro.paper.style import PALETTE, RC, SOFT, save
+
+Result = dict[str, Any]
+BUS = 329e9  # bytes/s: bus bandwidth of an all-reduce of 1 GiB on two H100 of one host, measured outside this project
+
+
+def load(folder: Path | None = None) -> list[Result]:
+    """The results of benchmarks/scaling.py, by file name."""
+    trees = [json.loads(path.read_text()) for path in sorted((folder or benchmarks_dir()).glob("*.json"))]
+    return [t for t in trees if any(e.get("kind") == "scaling" for e in t.get("entries", []))]
+
+
+def reduction(bytes_: float, gpus: int, bus: float = BUS) -> float:
+    """Seconds of a ring all-reduce, t = 2 (N - 1) / N x bytes / B."""
+    return 2 * (gpus - 1) / gpus * bytes_ / bus
+
+
+def with_predictions(entries: list[Result]) -> list[Result]:
+    """Entries with the model's figures and `efficiency`: images/s over N times one GPU's of the same run, or NaN."""
+    one = {key(e): e for e in entries if e["gpus"] == 1}
+    found = []
+    for e in entries:
+        base, nan = one.get(key(e)), float("nan")
+        wire = reduction(e["bytes"] * (0.5 if e["reduce"] == "bf16" else 1), e["gpus"])
+        row = {**e, "predicted_reduction": wire, "efficiency": nan, "predicted_efficiency": nan}
+        if base:
+            row["efficiency"] = e["images_per_second"] / (e["gpus"] * base["images_per_second"])
+            row["predicted_efficiency"] = base["step"] / (base["step"] + wire)
+        found.append(row)
+    return found
+
+
+def key(entry: Result) -> tuple[str, str, int]:
+    """What is compared over numbers of GPUs."""
+    return entry["model"], entry["method"], entry["m"]
+
+
+def table(results: list[Result]) -> str:
+    """Markdown with a line of provenance, a result after the other."""
+    return "\n\n".join(map(one_table, results))
+
+
+def one_table(result: Result) -> str:
+    """Of one result."""
+    head = ["model", "method", "m", "GPUs", "ms a step", "without reduction", "reduction", "predicted", "images/s"]
+    head += ["efficiency", "predicted"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
+    for e in with_predictions(result["entries"]):
+        many = e["gpus"] > 1
+        cells = [e["model"], e["method"] + (", bf16" if e["reduce"] == "bf16" else ""), str(e["m"]), str(e["gpus"])]
+        cells += [f"{1e3 * e['step']:.2f}", f"{1e3 * e['alone']:.2f}" if many else "–"]
+        cells += [f"{1e3 * e[k]:.2f}" if many else "–" for k in ("reduction", "predicted_reduction")]
+        cells += [f"{e['images_per_second']:,.0f}"]
+        cells += [f"{100 * e[k]:.1f} %" if many else "–" for k in ("efficiency", "predicted_efficiency")]
+        lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("torch", "timm"))
+    told = f"{result['hardware']}, {result['batch']} resident images a GPU, bf16, compiled, {versions}, commit "
+    told += (
+        f"{result['commit'][:8]}, median of {result['rounds']} rounds of {result['steps']} steps, the slowest rank's. "
+    )
+    told += "Without reduction: all GPUs at work at the same time, each for itself. Reduction: by itself. "
+    return "\n".join([*lines, "", told + f"Predicted: a ring at {BUS / 1e9:.0f} GB/s, nothing hidden."])
+
+
+def draw(results: list[Result], stem: Path) -> list[Path]:
+    """Efficiency over the number of GPUs, a panel a model; dashed what the model predicts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = [e for r in results for e in with_predictions(r["entries"]) if e["reduce"] == "fp32"]
+    models = list(dict.fromkeys(e["model"] for e in entries))
+    with matplotlib.rc_context(RC):
+        figure, axes = plt.subplots(1, len(models), figsize=(2.9 * len(models), 2.8), sharey=True, squeeze=False)
+        for ax, model in zip(axes[0], models, strict=True):
+            lines = dict.fromkeys(key(e) for e in entries if e["model"] == model)
+            for colour, line in zip(PALETTE, lines, strict=False):
+                points = sorted((e for e in entries if key(e) == line), key=lambda e: e["gpus"])
+                gpus = [e["gpus"] for e in points]
+                label = f"{line[1]}, m = {line[2]}"
+                ax.plot(gpus, [100 * e["efficiency"] for e in points], "o-", color=colour, label=label, markersize=4)
+            ax.plot(gpus, [100 * e["predicted_efficiency"] for e in points], "--", color=SOFT, label="predicted")
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(gpus, [str(n) for n in gpus])
+            ax.set_title(model)
+            ax.set_xlabel("GPUs")
+        axes[0][0].set_ylabel("% of N times one GPU")
+        axes[0][-1].legend(fontsize=7.5)
+        paths = save(figure, stem)
+        plt.close(figure)
+    return paths
