@@ -184,6 +184,7 @@ def compose_config(overrides: list[str]) -> Config:
     Raises UserError with the nearest valid name when an override does not fit.
     """
     register_schema()
+    refuse_base_files(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
@@ -261,6 +262,20 @@ def choices(group: str) -> list[str]:
     return sorted(p.stem for p in (config_dir() / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
+def all_choices() -> str:
+    """A line a group, for `--help`: Hydra's own list has the base files too."""
+    return "".join(f"{group}: {', '.join(choices(group))}\n" for group in groups())
+
+
+def refuse_base_files(overrides: list[str]) -> None:
+    """Files such as model/_vit.yaml are what others build on, no choice by themselves."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        base = [name for name in value.split(",") if name.startswith("_")]
+        if base and key in groups():
+            raise UserError(no_such_choice(key, base[0]))
+
+
 def groups() -> list[str]:
     """The folders of configs/: what `group=name` may choose from."""
     return sorted(p.name for p in config_dir().iterdir() if p.is_dir())
@@ -281,16 +296,21 @@ def no_such_key(key: str) -> str:
     return f"there is no key '{key}'{nearest(key, fuller or known)}{others}"
 
 
+def no_such_choice(group: str, name: str) -> str:
+    """A sentence with the nearest name that exists, and all of them."""
+    names = choices(group)
+    return f"{group}={name} does not exist{nearest(name, names)} (choices: {', '.join(names)})"
+
+
 def explain(error: Exception, overrides: list[str]) -> str:
     """One sentence for a Hydra or OmegaConf error: which override, and the nearest name that exists."""
     known = fields_of(Config)
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key in groups():
-            names = choices(key)
             for name in value.split(","):
-                if name not in names:
-                    return f"{key}={name} does not exist{nearest(name, names)} (choices: {', '.join(names)})"
+                if name not in choices(key):
+                    return no_such_choice(key, name)
             if override[0] in "+~":
                 return f"{key} is there already: write {key}={value}"
         elif not key.startswith("hydra") and key not in known:

@@ -9,11 +9,11 @@ import hydra
 import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sam_repro import failure
-from sam_repro.config import config_dir, explain, register_schema, typed
+from sam_repro.config import all_choices, config_dir, explain, refuse_base_files, register_schema, typed
 from sam_repro.config_check import validate
 from sam_repro.errors import RankLost, UserError
 from sam_repro.signals import Interrupted, ignore_signals
@@ -28,6 +28,7 @@ def cli() -> None:
     """Compose, check, train; exits with the code of ARCHITECTURE.md's contract."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
     register_schema()
+    OmegaConf.register_new_resolver("choices", all_choices, replace=True)  # of the help in configs/config.yaml
     statuses: list[str] = []
     refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
 
@@ -47,6 +48,7 @@ def cli() -> None:
             refused.append(error)
 
     try:
+        refuse_base_files(typed_overrides())
         run()
         if refused:
             raise refused[0]

@@ -101,6 +101,19 @@ def test_typos_name_the_nearest_key():
         compose_config(["recipe.lr=abc"])
 
 
+def test_base_files_are_no_choice():
+    """configs/model/_vit.yaml is what ViTs share; alone it has no name and no model."""
+    train = [sys.executable, ROOT / "train.py"]
+    listed = subprocess.run([*train, "--help"], capture_output=True, text=True, check=True).stdout
+    assert f"\nmodel: {', '.join(choices('model'))}\n" in listed and "optim: asam, " in listed and "_vit" not in listed
+    sentence = "model=_vit does not exist; did you mean 'vit_"
+    for words in (["model=_vit"], ["-m", "model=vit_b32,_vit"], ["--cfg", "job", "model=_vit"]):
+        refused = subprocess.run([*train, *words], capture_output=True, text=True)
+        assert refused.returncode == 2 and refused.stderr.startswith(f"error: {sentence}") and not refused.stdout
+    with pytest.raises(UserError, match=sentence):
+        compose_config(["model=_vit"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["data.mean=[1,2]", "data.std=[0,0,0]", "recipe.betas=[1]", "augment.scale=[1]", "train.threads=-1"]
