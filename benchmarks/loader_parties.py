@@ -99,7 +99,7 @@ def keep_stock_ffcv() -> None:
 
 def ours(root: Path, batch: int, workers: int, device: torch.device, **choice: str) -> Batches:
     """This project's loader with a backend or a decoder."""
-    from sam_repro.data import build_loader
+    from sam_repro.data.build import build_loader
 
     classes = len(list((root / "train").iterdir()))
     data = DataConfig(name="benchmark", root=str(root), num_classes=classes, workers=workers, **choice)

@@ -1,6 +1,6 @@
 """`sam-repro`: the commands around training. Each is a module with add_arguments(parser) and run(args).
 
-A module is imported when its command is called, so that planning and tables never wait for torch.
+A module is imported when its command is called, and torch when one needs it: planning, tables and --help never wait.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMANDS = {
     "speed": ("sam_repro.paper.speed", "what a step costs, model by model, from results/benchmarks/"),
     "status": ("sam_repro.paper.status", "runs done, at work and missing, table by table"),
     "sharpness": (
-        "sam_repro.sharpness.command",
+        "sam_repro.sharpness_command",
         "eigenvalues, surrogate gap, slices of a trained run; the papers' toys",
     ),
     "report": ("sam_repro.paper.report", "everything as one page, results/index.html"),

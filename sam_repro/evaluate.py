@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sam_repro.config import DataConfig
-from sam_repro.data import Loader, build_set_loader
+from sam_repro.data.build import Loader, build_set_loader
 from sam_repro.data.evalsets import EvalSet, canonical, open_set, parts, require, summary_of_c
 from sam_repro.distributed import Ranks
 

@@ -14,22 +14,18 @@ import math
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import timm
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from timm.data import resolve_model_data_config
-from torch import nn
 
 from sam_repro.config import Config, DataConfig, ModelConfig, nearest, typed
 from sam_repro.data.evalsets import SETS, canonical
-from sam_repro.distributed import init_ranks
 from sam_repro.errors import UserError
-from sam_repro.evaluate import evaluate_sets
-from sam_repro.initial import read_weights
-from sam_repro.models import build_model
-from sam_repro.objective import forward_of
+
+if TYPE_CHECKING:  # torch and timm take seconds: `--help` and what is mistyped do without
+    from torch import nn
 
 OVERRIDES = ("backend", "image_size", "eval_resize", "interpolation", "mean", "std", "workers", "num_classes")
 
@@ -58,6 +54,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Evaluate and print; returns the exit code. Raises UserError for bad input."""
     names = canonical(args.sets.split(","))
+    from sam_repro.distributed import init_ranks
+    from sam_repro.evaluate import evaluate_sets
+    from sam_repro.objective import forward_of
+
     cfg, model = load(args)
     ranks = init_ranks(args.device)
     try:
@@ -81,6 +81,11 @@ def load(args: Namespace) -> tuple[Config, nn.Module]:
     """The configuration and the model with its weights."""
     if not args.weights.exists():
         raise UserError(f"there is no {args.weights}")
+    import timm
+
+    from sam_repro.initial import read_weights
+    from sam_repro.models import build_model
+
     folder = args.weights if args.weights.is_dir() else args.weights.parent
     if args.model is None and (folder / "config.yaml").exists():
         cfg = read_config(folder / "config.yaml")
@@ -112,6 +117,8 @@ def read_config(path: Path) -> Config:
 
 def data_of(model: nn.Module) -> DataConfig:
     """What timm says that the model's published weights want to see."""
+    from timm.data import resolve_model_data_config
+
     wants = resolve_model_data_config(model)
     size = wants["input_size"][-1]
     return DataConfig(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from sam_repro.config import Config
-from sam_repro.data import Loader
+from sam_repro.data.build import Loader
 from sam_repro.optim import lr_at, rho_at
 
 

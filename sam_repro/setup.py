@@ -13,7 +13,7 @@ import yaml
 
 from sam_repro import checkpoint, failure, ledger
 from sam_repro.config import Config, config_hash, to_dict
-from sam_repro.data import Loader, build_loader
+from sam_repro.data.build import Loader, build_loader
 from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
 from sam_repro.lock import RunLock

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,21 +10,7 @@ import torch
 from torch import Tensor
 
 AHEAD = 3  # batches in preparation while one is used
-MAX_WORKERS = 16
 CHUNK = 8  # samples a task: small enough to balance, large enough that Python's share is small
-
-
-def worker_count(configured: int, world: int) -> int:
-    """Decoding threads of this rank: as configured, else this rank's share of the cores, 1 to 16.
-
-    SLURM's cores are those of a task: of one rank, or of all ranks of a node where the task is torchrun.
-    """
-    if configured > 0:
-        return configured
-    of_task = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if of_task else world))
-    cores = (of_task or len(os.sched_getaffinity(0))) // ranks
-    return min(max(cores, 1), MAX_WORKERS)
 
 
 def empty_batch(count: int, size: int, device: torch.device) -> Tensor:

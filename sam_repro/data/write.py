@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from sam_repro.data import inputs as layouts
 from sam_repro.data import torchvision_inputs
-from sam_repro.data.batches import worker_count
 from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, remove_leftovers, write_beton
 from sam_repro.data.inputs import Inputs
 from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, write_manifest
+from sam_repro.data.threads import worker_count
 from sam_repro.errors import UserError
 
 ESTIMATE_FILES = 64

@@ -81,7 +81,7 @@ def measure_loader(cfg: Config) -> Entry:
     """Images a second that the training loader delivers to one process, after its first batch."""
     import torch
 
-    from sam_repro.data import build_loader
+    from sam_repro.data.build import build_loader
 
     batch = min(cfg.recipe.batch_size, 512)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sam_repro.config import Config
-from sam_repro.data import build_loader
+from sam_repro.data.build import build_loader
 from sam_repro.distributed import Ranks
 from sam_repro.objective import objective_of
 from sam_repro.optim.hvp import Batch, Hessian

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data import build_loader, resolve_decode
 from sam_repro.data.beton import write_beton
+from sam_repro.data.build import build_loader, resolve_decode
 from sam_repro.data.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render, training_geometry
 from sam_repro.data.datasets import BetonSource
 from sam_repro.data.gpu_crop import crop_batch, taps_of

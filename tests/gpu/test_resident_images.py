@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data import build_loader
+from sam_repro.data.build import build_loader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

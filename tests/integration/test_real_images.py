@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sam_repro import evaluate_command
-from sam_repro.data import build_set_loader
+from sam_repro.data.build import build_set_loader
 from sam_repro.data.evalsets import open_set
 from sam_repro.distributed import Ranks
 from sam_repro.evaluate import evaluate_sets

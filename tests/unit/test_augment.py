@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from sam_repro.config import AugmentConfig, DataConfig, compose_config
 from sam_repro.config_check import validate
-from sam_repro.data import build_loader
 from sam_repro.data.augment import OPERATIONS, cutout, mixup, rand_augment
+from sam_repro.data.build import build_loader
 from sam_repro.errors import UserError
 from sam_repro.objective import loss_of
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data import build_loader, resolve_decode
 from sam_repro.data.beton import write_beton
+from sam_repro.data.build import build_loader, resolve_decode
 from sam_repro.data.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render, training_geometry
 from sam_repro.data.datasets import BetonSource, synthetic
 from sam_repro.data.gpu_crop import crop_batch, taps_of

@@ -150,7 +150,7 @@ def test_raw_pixels_reach_the_model_unchanged(tmp_path, backend):
     if backend == "ffcv":
         pytest.importorskip("ffcv", reason="ffcv is not installed")
     from sam_repro.config import AugmentConfig
-    from sam_repro.data import build_loader
+    from sam_repro.data.build import build_loader
 
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(20) % 4

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data import build_loader, ensure, resolve_backend
 from sam_repro.data.beton import METADATA_AT, BetonFile, write_beton
+from sam_repro.data.build import build_loader, ensure, resolve_backend
 from sam_repro.data.manifest import write_manifest
 from sam_repro.data.order import balanced, noisy
 from sam_repro.errors import UserError
@@ -200,7 +200,7 @@ def test_damaged_pixels_never_end_the_process(root, tmp_path, backend):
     script = """
 import sys, numpy as np, torch
 from pathlib import Path
-from sam_repro.data import build_loader
+from sam_repro.data.build import build_loader
 from sam_repro.data.manifest import write_manifest
 from sam_repro.data.order import balanced, noisy
 from sam_repro.config import AugmentConfig, DataConfig
@@ -268,7 +268,7 @@ def test_backend_is_chosen_with_a_reason(root, monkeypatch):
         resolve_backend(DataConfig(name="synthetic", backend="ffcv"))
     with pytest.raises(UserError, match="choices: auto, ffcv, torch"):
         resolve_backend(config(root, "dali"))
-    monkeypatch.setattr("sam_repro.data.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sam_repro.data.build.importlib.util.find_spec", lambda name: None)
     assert resolve_backend(config(root, "auto")) == ("torch", "ffcv is not installed")
     with pytest.raises(UserError, match="not installed"):
         resolve_backend(config(root, "ffcv"))
@@ -276,7 +276,7 @@ def test_backend_is_chosen_with_a_reason(root, monkeypatch):
 
 def test_the_torch_backend_does_not_import_ffcv(root):
     script = (
-        "import sys, torch\nfrom sam_repro.data import build_loader\nfrom sam_repro.config import *\n"
+        "import sys, torch\nfrom sam_repro.data.build import build_loader\nfrom sam_repro.config import *\n"
         "d = DataConfig(name='synthetic', num_classes=5, image_size=16, eval_resize=16)\n"
         "build_loader(d, AugmentConfig(name='x'), split='train', training=True, batch_size=8, seed=0,"
         " device=torch.device('cpu'))\nassert 'ffcv' not in sys.modules"

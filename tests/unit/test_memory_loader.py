@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data import build_loader
 from sam_repro.data.beton import write_beton
+from sam_repro.data.build import build_loader
 from sam_repro.data.manifest import write_manifest
 from sam_repro.errors import UserError
 

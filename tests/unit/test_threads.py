@@ -1,10 +1,10 @@
-"""What all loaders share."""
+"""How many threads decode images."""
 
 from __future__ import annotations
 
 import pytest
 
-from sam_repro.data.batches import worker_count
+from sam_repro.data.threads import worker_count
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""Help comes at once: every command shows its own without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sam_repro import sharpness_command
+from sam_repro.cli import COMMANDS
+from sam_repro.sharpness import pictures
+
+PROGRAM = """
+import sys
+from sam_repro.cli import main
+try:
+    sys.exit(main())
+finally:
+    print("imported:", *{"torch", "torchvision", "timm", "ffcv"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_needs_no_torch(command):
+    words = [sys.executable, "-c", PROGRAM, *command.split(), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith(f"usage: sam-repro {command}") and done.stdout.endswith("\nimported:\n")
+
+
+def test_the_command_knows_what_there_is_to_draw():
+    for group in ("OF_WEIGHTS", "OF_LOGS", "OF_NOTHING"):
+        assert set(getattr(sharpness_command, group)) == set(getattr(pictures, group))
