@@ -54,6 +54,9 @@ def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, 
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(known) < 3:
         return "not run", ""
+    for column, values in zip((one, other), zip(*known, strict=True), strict=True):
+        if len(set(values)) == 1:
+            return "open", f"{column.title} is the same at all {len(known)} points: there is nothing to rank."
     tested: Any = spearmanr(*zip(*known, strict=True))
     why = f"{one.title} and {other.title}: rank correlation {tested.statistic:.2f} over {len(known)} points "
     return word_of(float(tested.pvalue), seen=tested.statistic > 0), f"{why}(p = {tested.pvalue:.2g})."

@@ -62,16 +62,36 @@ def test_trend_within_groups(tmp_path: Path) -> None:
     assert f"in 5 of 6 pairs of points that differ in nothing else (p = {2 * chance:.2g})" in alpha
 
 
-def test_two_columns_that_order_rows_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("counts", "gaps", "said"),
+    [
+        (
+            [100, 110, 120, 130, 140],
+            [0.1, 0.3, 0.2, 0.5, 0.9],
+            "**confirmed**: alike. h and test: rank correlation 0.90 over 5 points (p = 0.037)",
+        ),
+        (
+            [100] * 5,
+            [0.1, 0.3, 0.2, 0.5, 0.9],
+            "**open**: alike. test is the same at all 5 points: there is nothing to rank.",
+        ),
+        (
+            [100, 110, 120, 130, 140],
+            [0.1] * 5,
+            "**open**: alike. h is the same at all 5 points: there is nothing to rank.",
+        ),
+    ],
+)
+def test_two_columns_that_order_rows_alike(tmp_path: Path, counts: list[int], gaps: list[float], said: str) -> None:
     grid = {"model.alpha": [0.1, 0.2, 0.3, 0.4, 0.5]}
     row = {"id": "v/gsam", "model": "V", "method": "GSAM", "overrides": ["optim=gsam_constant"], "grid": grid}
     columns = {"val": {"title": "test"}, "gap": {"title": "h", "value": "last.surrogate_gap"}}
     claim = {"text": "alike", "column": "gap", "follows": "val"}
     table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": [claim]})
     for i, r in enumerate(table.rows):
-        write_rows(tmp_path, runs_of(table, r), [100 + 10 * i], gap=[0.1, 0.3, 0.2, 0.5, 0.9][i])
-    (said,) = judged(table, outcomes(table, tmp_path))
-    assert said.startswith("**confirmed**: alike. h and test: rank correlation 0.90 over 5 points (p = 0.037)")
+        write_rows(tmp_path, runs_of(table, r), [counts[i]], gap=gaps[i])
+    (line,) = judged(table, outcomes(table, tmp_path))
+    assert line.startswith(said) and "nan" not in line
 
 
 def test_mahonian_numbers() -> None:
