@@ -13,7 +13,7 @@ import torch
 
 from sam_repro import checkpoint, failure, ledger
 from sam_repro.config import Config, config_hash, run_id, to_dict
-from sam_repro.config_check import validate
+from sam_repro.config_check import check_warmup, validate
 from sam_repro.data.augment import cutout, mixup
 from sam_repro.data.evalsets import canonical, require
 from sam_repro.distributed import init_ranks
@@ -80,6 +80,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 f"the training split has {train_loader.samples} images, fewer than one batch of {cfg.recipe.batch_size}"
             )
         total = cfg.recipe.steps or max(1, int(cfg.recipe.epochs * train_loader.samples / cfg.recipe.batch_size))
+        check_warmup(cfg, total)
 
         # ---- model and method ------------------------------------------------------------------------------------
         model = build_model(

@@ -114,14 +114,38 @@ def test_base_files_are_no_choice():
         compose_config(["model=_vit"])
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["data.mean=[1,2]", "data.std=[0,0,0]", "recipe.betas=[1]", "augment.scale=[1]", "train.threads=-1"]
-    + ["recipe.label_smoothing=2"],
-)
+BAD_NUMBERS = {
+    "data.mean": ["[1,2]", "[0,0,nan]"],
+    "data.std": ["[0,0,0]", "[1,1,inf]"],
+    "data.train_fraction": [0, 1.1],
+    "data.finetune_steps": [0],
+    "augment.scale": ["[1]", "[0,1]", "[0.5,0.1]", "[0.1,2]"],
+    "augment.ratio": ["[2,1]", "[0,1]"],
+    "augment.pad": [-1],
+    "train.threads": [-1],
+    "train.save_every_minutes": [-1],
+    "recipe.momentum": [7, 1, -0.1, "nan"],
+    "recipe.lr": [-1, "nan"],
+    "recipe.betas": ["[1]", "[0.9,1]", "[-0.1,0.9]", "[0.9,nan]"],
+    "recipe.eps": [-1],
+    "recipe.weight_decay": [-0.1],
+    "recipe.label_smoothing": [2],
+    "recipe.steps": [0],
+}
+
+
+@pytest.mark.parametrize("override", [f"{key}={value}" for key, values in BAD_NUMBERS.items() for value in values])
 def test_numbers_that_types_cannot_express(override):
     with pytest.raises(UserError, match=rf"^{override.partition('=')[0]}=.* must "):
         validate(compose_config([override]))
+
+
+def test_numbers_that_contradict_each_other():
+    with pytest.raises(UserError, match="recipe.nesterov=true must have a recipe.momentum"):
+        validate(compose_config(["recipe.nesterov=true", "recipe.momentum=0"]))
+    with pytest.raises(UserError, match="recipe.warmup_steps=10000 must not exceed the 99 steps of the run"):
+        validate(compose_config(["recipe.steps=99"]))
+    validate(compose_config(["recipe.steps=99", "recipe.warmup_steps=99", "recipe.momentum=0", "recipe.betas=[0,0]"]))
 
 
 def test_keys_are_two_levels_deep():
