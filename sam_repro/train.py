@@ -70,9 +70,10 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         local_batch = split_batch(cfg, ranks.world)
         loader_of = loader_factory(cfg, ranks)
         train_loader = loader_of("train", training=True, batch_size=local_batch)
+        loaders.append(train_loader)
         splits = ["minival", "val"] if cfg.data.train_fraction < 1 else ["val"]
         eval_loaders = {s: loader_of(s, training=False, batch_size=cfg.data.eval_batch_size) for s in splits}
-        loaders = [train_loader, *eval_loaders.values()]
+        loaders += eval_loaders.values()
         test_sets = require(cfg.data, [name for name in canonical(cfg.data.eval_sets) if name != "val"])
         steps_per_epoch = len(train_loader)
         if steps_per_epoch == 0:

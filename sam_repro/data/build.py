@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -140,37 +141,39 @@ def build_loader(
         raise UserError(f"there is no split {split} (choices: train, minival, val)")
     backend, reason = resolve_backend(data)
     geometry = training_geometry(data, augment) if training else evaluation_geometry(data)
-    source = open_source(data, "val" if split == "val" else "train")
-    members = _members(source.labels, data, split)
-    if sample:
-        members = members[balanced(source.labels[members], sample, seed)]
-    plan = Plan(members, batch_size, seed, training, rank, world)
-    if (training or sample) and data.label_noise:  # after the split, which goes by the true labels
-        source.labels = noisy(source.labels, data.label_noise, data.num_classes)
-    if training and len(plan) == 0:
-        source.close()
-        raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
-    magnitude = augment.randaugment if training else 0
-    threads = worker_count(data.workers, world)
-    loader: Loader
-    decoder, where = resolve_decode(data, augment, source, geometry, device) if training else ("", "")
-    if backend == "memory" or (data.backend == "auto" and data.decode != "gpu" and device.type == "cuda"):
-        why_not = obstacle(source, plan, geometry, device, magnitude=magnitude)
-        if not why_not:
-            loader = MemoryLoader(source, plan, geometry, workers=threads, device=device)
-            loader.reason = reason if backend == "memory" else "it fits on the device"
-            return loader
-        if backend == "memory":
-            source.close()
-            raise UserError(f"data.backend=memory is impossible: {why_not}")
-    if training:
-        reason = where if decoder else f"{reason}; {where}"
-        if not decoder and native.load():
-            reason += f"; whole images instead of crops, since {native.load()}"
-    more = {"workers": threads, "device": device, "magnitude": magnitude}
-    loader = _loader(source, plan, geometry, ffcv=backend == "ffcv", decoder=decoder, **more)
-    loader.reason = reason
-    return loader
+    with ExitStack() as unless_built:
+        source = open_source(data, "val" if split == "val" else "train")
+        unless_built.callback(source.close)
+        members = _members(source.labels, data, split)
+        if sample:
+            members = members[balanced(source.labels[members], sample, seed)]
+        plan = Plan(members, batch_size, seed, training, rank, world)
+        if (training or sample) and data.label_noise:  # after the split, which goes by the true labels
+            source.labels = noisy(source.labels, data.label_noise, data.num_classes)
+        if training and len(plan) == 0:
+            raise UserError(f"{split} has {len(plan.indices)} images, fewer than one batch of {batch_size * world}")
+        magnitude = augment.randaugment if training else 0
+        threads = worker_count(data.workers, world)
+        loader: Loader
+        decoder, where = resolve_decode(data, augment, source, geometry, device) if training else ("", "")
+        if backend == "memory" or (data.backend == "auto" and data.decode != "gpu" and device.type == "cuda"):
+            why_not = obstacle(source, plan, geometry, device, magnitude=magnitude)
+            if not why_not:
+                loader = MemoryLoader(source, plan, geometry, workers=threads, device=device)
+                loader.reason = reason if backend == "memory" else "it fits on the device"
+                unless_built.pop_all()  # the loader has closed it
+                return loader
+            if backend == "memory":
+                raise UserError(f"data.backend=memory is impossible: {why_not}")
+        if training:
+            reason = where if decoder else f"{reason}; {where}"
+            if not decoder and native.load():
+                reason += f"; whole images instead of crops, since {native.load()}"
+        more = {"workers": threads, "device": device, "magnitude": magnitude}
+        loader = _loader(source, plan, geometry, ffcv=backend == "ffcv", decoder=decoder, **more)
+        loader.reason = reason
+        unless_built.pop_all()  # the loader closes it
+        return loader
 
 
 def build_set_loader(

@@ -82,11 +82,16 @@ class BetonSource:
 
     def __init__(self, path: Path) -> None:
         self.file = BetonFile.open(path)
-        self.classes: list[str] = check_manifest(self.file)["classes"]
-        self.manifest = manifest_hash(path)
         self.labels = self.file.labels
-        if self.labels.max() >= len(self.classes):
-            raise UserError(f"{path} has label {self.labels.max()}, but its manifest lists {len(self.classes)} classes")
+        try:
+            self.classes: list[str] = check_manifest(self.file)["classes"]
+            self.manifest = manifest_hash(path)
+            if self.labels.max() >= len(self.classes):
+                known = f"but its manifest lists {len(self.classes)} classes"
+                raise UserError(f"{path} has label {self.labels.max()}, {known}")
+        except BaseException:
+            self.file.close()
+            raise
 
     @property
     def files(self) -> list[str]:

@@ -95,16 +95,20 @@ def open_set(data: DataConfig, part: str) -> EvalSet:
     if part in ("val", "real"):
         ensure(data)
         source = find_source(root_of(data), "val")
-        if part == "real":
-            answers = _real_answers(source)
-        elif data.num_classes == IMAGENET_CLASSES and set(source.classes) <= set(synsets()):
-            answers = _by_synset(source)
-        elif len(source.classes) == data.num_classes:
-            answers = source.labels[:, None].copy()
-        else:
-            raise UserError(
-                f"{root_of(data)} has {len(source.classes)} classes in val, but data.num_classes={data.num_classes}"
-            )
+        try:
+            if part == "real":
+                answers = _real_answers(source)
+            elif data.num_classes == IMAGENET_CLASSES and set(source.classes) <= set(synsets()):
+                answers = _by_synset(source)
+            elif len(source.classes) == data.num_classes:
+                answers = source.labels[:, None].copy()
+            else:
+                raise UserError(
+                    f"{root_of(data)} has {len(source.classes)} classes in val, but data.num_classes={data.num_classes}"
+                )
+        except BaseException:
+            source.close()
+            raise
         return _opened(part, source, answers, data)
     root = Path(data.eval_root).expanduser() if data.eval_root else root_of(data)
     if part in V2_FOLDERS:

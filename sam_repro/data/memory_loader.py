@@ -35,14 +35,12 @@ class MemoryLoader:
         self.place = np.zeros(len(source.labels), np.int64)  # sample number -> its place among the kept ones
         self.place[plan.indices] = np.arange(len(plan.indices))
         self.labels = torch.from_numpy(source.labels[plan.indices]).to(device)
-        try:
-            images = decode_all(source, plan.indices, geometry, workers)
-        finally:
-            source.close()
+        images = decode_all(source, plan.indices, geometry, workers)
         self.heights, self.widths = (np.array([image.shape[i] for image in images]) for i in (0, 1))
         sizes = self.heights * self.widths
         self.starts = np.cumsum(sizes) - sizes  # of each image among the pixels
         self.pixels = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images])).to(device)
+        source.close()
 
     def __len__(self) -> int:
         return len(self.plan)
