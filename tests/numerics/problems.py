@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
-from sam_repro.optim import GradientStep
+from sam_repro.optim import PERTURBATIONS, GradientStep
+from sam_repro.optim.perturb import Eigen, Friendly, Random, Vasso, build_perturbation
 
 
 def vector(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+H = vector(1, 10)[None]  # one "image" whose loss has this diagonal Hessian
+W, G, G_P = vector(1, 1), vector(1, 10), vector(1.0099503719, 10.9950371902)
+SHARDS = torch.stack([vector(1, 1), vector(4, 0.25)])
+DETERMINISTIC = [name for name in PERTURBATIONS if name != "random"]
+
+
+def close(actual, expected, tol=6e-11):
+    assert_close(torch.as_tensor(actual, dtype=torch.float64), expected, rtol=0, atol=tol)
+
+
+def fresh(name: str):
+    """A perturbation with something to remember, where it can remember."""
+    perturb = build_perturbation(name)
+    if isinstance(perturb, Friendly | Vasso):
+        perturb.update([vector(2, 3)])
+    if isinstance(perturb, Eigen):
+        perturb.v = [vector(0, 1)]
+    if isinstance(perturb, Random):
+        perturb.reseed(3)
+    return perturb
 
 
 def quadratic(tensors: dict[str, Tensor], hessians: Tensor) -> Tensor:
