@@ -9,14 +9,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from gpu_crops import assert_crops_of_the_cpu_path, every_geometry
 from PIL import Image
 
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data.beton import write_beton
 from sam_repro.data.build import build_loader, resolve_decode
-from sam_repro.data.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render, training_geometry
+from sam_repro.data.crop import training_geometry
 from sam_repro.data.datasets import BetonSource
-from sam_repro.data.gpu_crop import crop_batch, taps_of
 from sam_repro.data.gpu_decode import DECODERS, find_decoder
 from sam_repro.data.manifest import write_manifest
 from sam_repro.errors import UserError
@@ -64,21 +64,9 @@ def make(root, decode, augment=None, **changes):
     return build_loader(data, augment, split="train", training=True, batch_size=160, seed=5, device=CUDA)
 
 
-@pytest.mark.parametrize("mode", [INCEPTION, CENTRE])
-@pytest.mark.parametrize("filter", [PLAIN, AREA, BILINEAR, BICUBIC])
+@every_geometry
 def test_the_kernel_is_the_cpu_path_to_the_bit(mode, filter):
-    geometry = Geometry(mode, 40, 44, 0.05, 1.0, 0.75, 4 / 3, 0, True, filter)
-    sides = [(30, 41), (170, 90), (64, 64), (45, 300), (400, 410), (99, 40)] * 5
-    images = [np.random.default_rng(i).integers(0, 256, (*s, 3), dtype=np.uint8) for i, s in enumerate(sides)]
-    indices = 5 + 3 * np.arange(len(sides))
-    expected = np.empty((len(sides), 40, 40, 3), np.uint8)
-    for image, index, out in zip(images, indices, expected, strict=True):
-        render(image, out, geometry, 7, 2, index)
-    out = torch.empty(expected.shape, dtype=torch.uint8, device=CUDA)
-    planar = [torch.from_numpy(image).to(CUDA).permute(2, 0, 1) for image in images]
-    planar[::2] = [image.contiguous() for image in planar[::2]]
-    crop_batch(planar, taps_of(sides, indices, geometry, seed=7, epoch=2).to(CUDA), out)
-    assert np.array_equal(out.cpu().numpy(), expected)
+    assert_crops_of_the_cpu_path(mode, filter, CUDA, repeats=5)
 
 
 @pytest.mark.parametrize("name", list(DECODERS))

@@ -10,15 +10,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from gpu_crops import assert_crops_of_the_cpu_path, every_geometry
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from sam_repro.config import AugmentConfig, DataConfig
 from sam_repro.data.beton import write_beton
 from sam_repro.data.build import build_loader, resolve_decode
-from sam_repro.data.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render, training_geometry
+from sam_repro.data.crop import training_geometry
 from sam_repro.data.datasets import BetonSource, synthetic
-from sam_repro.data.gpu_crop import crop_batch, taps_of
 from sam_repro.data.gpu_decode import components, find_decoder
 from sam_repro.data.gpu_loader import GPULoader
 from sam_repro.data.manifest import write_manifest
@@ -36,22 +36,9 @@ def picture(i: int, height: int, width: int) -> np.ndarray:
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-@pytest.mark.parametrize("mode", [INCEPTION, CENTRE])
-@pytest.mark.parametrize("filter", [PLAIN, AREA, BILINEAR, BICUBIC])
+@every_geometry
 def test_the_crops_are_those_of_the_cpu_path_to_the_bit(mode, filter):
-    geometry = Geometry(mode, 40, 44, 0.05, 1.0, 0.75, 4 / 3, 0, True, filter)
-    sides = [(30, 41), (170, 90), (64, 64), (45, 300), (400, 410), (99, 40)] * 3
-    images = [np.random.default_rng(i).integers(0, 256, (*s, 3), dtype=np.uint8) for i, s in enumerate(sides)]
-    indices = 5 + 3 * np.arange(len(sides))
-    expected = np.empty((len(sides), 40, 40, 3), np.uint8)
-    for image, index, out in zip(images, indices, expected, strict=True):
-        render(image, out, geometry, 7, 2, index)
-    taps = taps_of(sides, indices, geometry, seed=7, epoch=2)
-    out = torch.empty(expected.shape, dtype=torch.uint8)
-    planar = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
-    planar[::2] = [image.contiguous() for image in planar[::2]]  # as nvJPEG returns them; the others as Pillow does
-    crop_batch(planar, taps, out)
-    assert np.array_equal(out.numpy(), expected)
+    assert_crops_of_the_cpu_path(mode, filter, CPU, repeats=3)
 
 
 @pytest.fixture(scope="module")
