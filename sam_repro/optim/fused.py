@@ -82,11 +82,7 @@ class FusedStep(GradientStep):
 
     def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
         """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
-        size = len(batch[0])
-        m = self.m or size
-        if size % m:
-            raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
-        self.count = size // m
+        self.count, m = self.groups_of(batch)
         if self.before is not None:
             self.before(*batch)
         self.rho.fill_(rho)

@@ -117,11 +117,7 @@ class GradientStep:
 
     def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
         """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
-        size = len(batch[0])
-        m = self.m or size
-        if size % m:
-            raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
-        groups = size // m
+        groups, m = self.groups_of(batch)
         if self.before is not None:
             self.before(*batch)
         self.flat.zero_()
@@ -136,6 +132,14 @@ class GradientStep:
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         return self.metrics
+
+    def groups_of(self, batch: tuple[Tensor, ...]) -> tuple[int, int]:
+        """(groups in a batch, images in each). Raises ValueError where m does not divide it."""
+        size = len(batch[0])
+        m = self.m or size
+        if size % m:
+            raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
+        return size // m, m
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale the gradient to a global norm of at most `max_norm`; return the norm before. No epsilon (optax)."""

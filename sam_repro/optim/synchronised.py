@@ -51,11 +51,8 @@ class GlobalStep(GradientStep):
 
     def _mean(self, params: Tensors, batch: tuple[Tensor, ...], seed: int, *, keep: bool) -> tuple[Tensor, Tensors]:
         """Mean loss and gradient at `params` over all groups of all ranks; `keep` what BatchNorm saw."""
-        size = len(batch[0])
-        m = self.m or size
-        if size % m:
-            raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
-        groups, weight = size // m, m / (size * self.world)
+        groups, m = self.groups_of(batch)
+        weight = 1 / (groups * self.world)
         self.flat.zero_()
         after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
         for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
