@@ -268,9 +268,11 @@ def all_choices() -> str:
 
 
 def refuse_base_files(overrides: list[str]) -> None:
-    """Files such as model/_vit.yaml are what others build on, no choice by themselves."""
+    """Files such as model/_vit.yaml are what others build on, no choice by themselves; of a list Hydra makes a blend."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
+        if value.startswith("[") and key in groups():
+            raise UserError(f"{key}={value}: a run has one; -m {key}={value.strip('[]')} makes several runs")
         base = [name for name in value.split(",") if name.startswith("_")]
         if base and key in groups():
             raise UserError(no_such_choice(key, base[0]))
@@ -321,5 +323,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
             return no_such_key(key)
     reason = error.__cause__ or error  # Hydra wraps what OmegaConf says of a value
     sentence = " ".join(str(reason).split("\n")[0].split())
+    if sentence.startswith("Ambiguous value for argument"):  # seed=0,1: Hydra proposes to quote it, too
+        return f"{sentence.split(chr(39))[1]} are several runs: add -m"
     sentence = f"{reason.full_key}: {sentence}" if getattr(reason, "full_key", "") else sentence
     return f"{sentence} (in {', '.join(overrides)})" if overrides else sentence

@@ -52,6 +52,8 @@ def validate(cfg: Config) -> None:
     for key, length in lengths.items():
         if len(lookup(cfg, key)) != length:
             raise UserError(f"{key}={lookup(cfg, key)} must be {length} numbers")
+    if cfg.seed >= 2**63:
+        raise UserError(f"seed={cfg.seed} must be below 2^63")
     check_method(cfg.optim)
     if not all(0 < value < math.inf for value in cfg.data.std):
         raise UserError(f"data.std={cfg.data.std} must be greater than 0")

@@ -83,6 +83,7 @@ def load(args: Namespace) -> tuple[Config, nn.Module]:
         raise UserError(f"there is no {args.weights}")
     import timm
 
+    from sam_repro.initial import load as load_into
     from sam_repro.initial import read_weights
     from sam_repro.models import build_model
 
@@ -99,11 +100,7 @@ def load(args: Namespace) -> tuple[Config, nn.Module]:
         customise(cfg.data, args)
     else:
         raise UserError(f"{folder} has no config.yaml of a run; --model says which timm model these weights are of")
-    try:
-        model.load_state_dict(read_weights(args.weights))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{args.weights} does not fit {cfg.model.name}: {reason[:300]}") from None
+    load_into(model, read_weights(args.weights), f"{args.weights} does not fit {cfg.model.name}")
     return cfg, model
 
 

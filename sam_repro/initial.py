@@ -26,6 +26,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 
 
+def load(model: nn.Module, weights: dict[str, Tensor], refusal: str) -> None:
+    """Load all of them. Raises UserError, which begins with `refusal` and names the first tensor that does not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:  # torch lists them all
+        own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        theirs = {name: list(tensor.shape) for name, tensor in weights.items()}
+        odd = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+        raise UserError(
+            f"{refusal}: {len(odd)} of its tensors differ, the first is {odd[0]}, "
+            f"{theirs.get(odd[0], 'missing')} in the file and {own.get(odd[0], 'unknown')} to the model"
+        ) from None
+
+
 def start_from(model: nn.Module, path: str | Path) -> str:
     """Load the weights at `path` into `model`; say in one sentence what was adapted.
 
@@ -51,9 +65,5 @@ def start_from(model: nn.Module, path: str | Path) -> str:
                 weights["pos_embed"], [int(side)] * 2, num_prefix_tokens=model.num_prefix_tokens
             )
             adapted.append(f"position embeddings from {int(old)}x{int(old)} to {int(side)}x{int(side)}")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"init={path} is of another network: {reason[:300]}") from None
+    load(model, weights, f"init={path} is of another network")
     return f"started from {path}" + (f" with {' and '.join(adapted)}" if adapted else "")

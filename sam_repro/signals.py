@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -32,6 +33,8 @@ class StopSignal:
         """Note the signal; a second Ctrl-C ends the process at once."""
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without\n")  # print is not reentrant
         self.received = number
 
     def restore(self) -> None:

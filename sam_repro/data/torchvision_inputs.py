@@ -21,9 +21,12 @@ def _open(make: Callable[..., Any], src: Path, download: bool, **which: str | bo
     try:
         return make(str(src), download=download, **which)
     except (RuntimeError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        hint = "" if download else "; --download fetches it"
-        raise UserError(f"{make.__name__} is not in {src} in torchvision's layout: {reason}{hint}") from None
+        reason = " ".join(str(getattr(error, "reason", error)).split())  # an URLError wraps what went wrong
+        if download:
+            raise UserError(f"cannot download {make.__name__} to {src}: {reason}") from None
+        raise UserError(
+            f"{make.__name__} is not in {src} in torchvision's layout: {reason}; --download fetches it"
+        ) from None
 
 
 def _cifar(name: str, src: Path, download: bool) -> Splits:

@@ -38,7 +38,12 @@ from sam_repro.data.threads import worker_count
 from sam_repro.errors import UserError
 
 ESTIMATE_FILES = 64
-WHOLE = {"imagenet": {"train": (1000, 1_281_167), "val": (1000, 50_000)}}  # layout: {split: (classes, images)}
+WHOLE = {  # layout: {split: (classes, images)}
+    "imagenet": {"train": (1000, 1_281_167), "val": (1000, 50_000)},
+    "imagenette": {"train": (10, 9_469), "val": (10, 3_925)},
+    "imagewoof": {"train": (10, 9_025), "val": (10, 3_929)},
+}
+DOWNLOADS = ("cifar10", "cifar100", "flowers", "imagenette", "pets")
 LAYOUTS = {
     "imagefolder": layouts.folders,
     "imagenet": layouts.imagenet,
@@ -164,6 +169,8 @@ def write_dataset(
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
     if max_side < MIN_SIDE or not 1 <= quality <= 100:
         raise UserError(f"max_side={max_side} must be at least {MIN_SIDE}, and quality={quality} lie in 1 to 100")
+    if download and layout not in DOWNLOADS:
+        raise UserError(f"--download is for {', '.join(DOWNLOADS)}; {layout} is read from --src")
     if download:
         src.mkdir(parents=True, exist_ok=True)
     if not src.exists():

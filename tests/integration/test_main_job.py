@@ -80,6 +80,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     process.send(number)
     assert process.end() == 128 + number, process.output
     assert "the same command goes on from there" in process.output and "Traceback" not in process.output
+    assert ("Ctrl-C again ends at once" in process.output) == (number == signal.SIGINT)
     saved = json.loads(only(tmp_path, "runs/tiny/vit*/step-*.json").read_text())["step"]
     process = Attempt(tmp_path, *longer)
     process.reach(f"resumed at step {saved}")

@@ -99,6 +99,10 @@ def test_typos_name_the_nearest_key():
         compose_config(["model.kwargs.drop_path_rate=0.1"])
     with pytest.raises(UserError, match="^recipe.lr: Value 'abc'"):
         compose_config(["recipe.lr=abc"])
+    with pytest.raises(UserError, match=r"^optim=\[sam,gsam\]: a run has one; -m optim=sam,gsam makes several"):
+        compose_config(["optim=[sam,gsam]"])  # Hydra would merge them
+    with pytest.raises(UserError, match="^seed=0,1 are several runs: add -m$"):
+        compose_config(["seed=0,1"])
 
 
 def test_base_files_are_no_choice():
@@ -123,6 +127,7 @@ BAD_NUMBERS = {
     "augment.ratio": ["[2,1]", "[0,1]"],
     "augment.pad": [-1],
     "train.threads": [-1],
+    "seed": [2**63],
     "train.save_every_minutes": [-1],
     "recipe.momentum": [7, 1, -0.1, "nan"],
     "recipe.lr": [-1, "nan"],

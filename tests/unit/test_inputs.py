@@ -210,6 +210,18 @@ def test_torchvisions_cifar(tmp_path, monkeypatch):
     assert np.array_equal(source.read(2), CIFAR10(tmp_path, train=False).data[2]) and source.labels[2] == 9
 
 
+def test_what_cannot_be_downloaded_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # nobody listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    for name, made in (("cifar10", "CIFAR10"), ("imagenette", "Imagenette")):
+        with pytest.raises(UserError, match=f"^cannot download {made} to {tmp_path}: .*refused"):
+            write_dataset(tmp_path, tmp_path / "dst", layout=name, download=True)
+    with pytest.raises(UserError, match="--download is for cifar10, .*; imagewoof is read from --src"):
+        write_dataset(tmp_path / "none", tmp_path / "dst", layout="imagewoof", download=True)
+    assert not (tmp_path / "dst").exists() and not (tmp_path / "none").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     pyarrow = pytest.importorskip("pyarrow")

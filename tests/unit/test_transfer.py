@@ -56,7 +56,7 @@ def test_other_networks_are_refused_in_a_sentence(tmp_path):
     path = save(network(), tmp_path / "w.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     for where, words in [
-        (path, "another network"),
+        (path, "another network: 12 of its tensors differ, the first is blocks.2.norm1.weight, missing in the file"),
         (tmp_path / "bad.safetensors", "cannot read"),
         ("/x", "cannot read"),
     ]:
