@@ -34,7 +34,7 @@ class StopSignal:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without\n")  # print is not reentrant
+            os.write(2, b"\nsaves once this is done; Ctrl-C again ends at once\n")  # print is not reentrant
         self.received = number
 
     def restore(self) -> None:

@@ -155,6 +155,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             """The sharpness at these weights, logged; empty where none is wanted."""
             if monitor is None:
                 return {}
+            if final:
+                log.say(f"measuring the sharpness on {cfg.sharpness.images} images; the weights are saved")
             found = monitor(done, rho_of(cfg, lr_schedule(max(done - 1, 0))), final=final)
             if "problem" in found:
                 log.say(found["problem"])
