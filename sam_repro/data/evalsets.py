@@ -70,7 +70,9 @@ def canonical(names: list[str]) -> list[str]:
     names = list(dict.fromkeys("val" if name == "v1" else name for name in names))
     for name in names:
         if name not in SETS:
-            raise UserError(f"there is no evaluation set '{name}'{nearest(name, [*SETS, 'v1'])} (sets: v1, {', '.join(SETS)})")
+            raise UserError(
+                f"there is no evaluation set '{name}'{nearest(name, [*SETS, 'v1'])} (sets: v1, {', '.join(SETS)})"
+            )
     return names
 
 
