@@ -268,7 +268,7 @@ def all_choices() -> str:
 
 
 def refuse_base_files(overrides: list[str]) -> None:
-    """Files such as model/_vit.yaml are what others build on, no choice by themselves; of a list Hydra makes a blend."""
+    """Files such as model/_vit.yaml are no choice by themselves, and of a list Hydra makes a blend."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if value.startswith("[") and key in groups():
