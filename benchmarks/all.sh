@@ -56,7 +56,7 @@ if wanted curvature; then on_gpus curvature resnet18_cifar vit_s16; fi
 if wanted start; then  # twice: the second finds everything compiled
   for n in 1 2; do
     rm -rf runs/profile
-    timeout "$limit" python3 train.py debug=profile model=vit_b32 recipe.batch_size=512 recipe.steps=2 log.progress=lines 2>&1 |
+    timeout "$limit" python3 train.py debug=profile model=vit_b32 optim=gsam recipe.batch_size=512 recipe.steps=2 log.progress=lines 2>&1 |
       grep 'first step' | tee -a "$out/logs/start.log"
   done
 fi

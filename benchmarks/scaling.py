@@ -3,14 +3,15 @@
     python benchmarks/scaling.py --gpus 1 2 --models vit_b32 resnet50 --output results/benchmarks/<gpu>-scaling.json
 
 Every GPU gets `--batch` images, resident, so that the work a GPU is constant (weak scaling). A party is a model, a
-method and m. For each number of GPUs in turn, torchrun starts one process a GPU; each measures
+method and m. torchrun starts one process a GPU of the largest number; each builds and compiles a party once, and then
+the first N measure it for every N in turn, while the others rest:
 
-    step        the whole step: gradient, reduction over the ranks, clip, base optimizer
-    alone       the same without the reduction, all GPUs working at the same time
+    step        the whole step: gradient, reduction over the N, clip, base optimizer
+    alone       the same without the reduction, the N GPUs working at the same time
     reduction   the reduction by itself
 
 as the median over rounds of the mean step; the slowest rank counts. Efficiency is images a second over N times those
-of one GPU of the same run.
+of one GPU of the same run. The file is written after every party: what was cut off leaves the others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,81 +47,108 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 # ---- one rank --------------------------------------------------------------------------------------------------------
 
 
-def measure(run: Callable[[], object], args: argparse.Namespace, ranks) -> float:
-    """Seconds of one call: median over rounds, of the slowest rank."""
+def measure(run: Callable[[], object], args: argparse.Namespace, device: Any, group: Any) -> float:
+    """Seconds of one call: median over rounds, of the slowest rank of `group` (None: this one alone)."""
     import torch
+    import torch.distributed as dist
 
-    wait = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(args.rounds):
-        ranks.barrier()
+        if group is not None:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
         wait()
         start = time.perf_counter()
         for _ in range(args.steps):
             run()
         wait()
         times.append((time.perf_counter() - start) / args.steps)
-    slowest = torch.tensor([statistics.median(times) if r == ranks.rank else 0.0 for r in range(ranks.world)])
-    return ranks.sum_(slowest.to(ranks.device)).max().item()
+    slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
+    if group is not None:
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+    return slowest.item()
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Every party on this rank; rank 0 writes the rows."""
+    """Every party on this rank; rank 0 writes the file."""
+    import torch
+    import torch.distributed as dist
+
+    from sam_repro import ledger
+    from sam_repro.distributed import init_ranks
+    from sam_repro.setup import hardware
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    ranks, rows = init_ranks(args.device), []
+    several = ranks.world > 1
+    groups = {n: dist.new_group(list(range(n))) if n > 1 else None for n in args.gpus}
+    everybody = dist.new_group(backend="gloo") if several else None  # to wait in without work for the GPU
+    result = {"batch": args.batch, "rounds": args.rounds, "steps": args.steps, "hardware": hardware(ranks)}
+    result |= {"entries": rows, **ledger.provenance()}
+    images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=ranks.device)
+    labels = torch.randint(0, 1000, (args.batch,), device=ranks.device)
+    parties = [(model, party, reduce) for model in args.models for party in args.parties for reduce in args.reduce]
+    for name, party, reduce in parties:
+        gc.collect()
+        method, _, m = party.partition("-m")
+        step, run = build(name, method, m, reduce, args, ranks, images, labels)
+        for _ in range(5):
+            run()
+        for n in args.gpus:
+            ranks.pulse()
+            if everybody is not None:
+                dist.barrier(group=everybody)
+            if ranks.rank >= n:
+                continue
+            group = groups[n]
+            step.all_reduce = (lambda t, group=group: dist.all_reduce(t, group=group)) if group is not None else None
+            row = {"kind": "scaling", "model": name, "method": method, "m": int(m or args.batch), "reduce": reduce}
+            row |= {"gpus": n, "batch": args.batch, "bytes": 4 * len(step.flat)}
+            row["step"] = measure(run, args, ranks.device, group)
+            row["reduction"] = measure(step._reduce, args, ranks.device, group) if group is not None else 0.0
+            step.all_reduce = None
+            row["alone"] = measure(run, args, ranks.device, group)
+            row["images_per_second"] = n * args.batch / row["step"]
+            rows.append(row)
+            if ranks.main:
+                print(json.dumps(row), flush=True)
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
+        del step, run
+    ranks.close()
+
+
+def build(name: str, method: str, m: str, reduce: str, args: argparse.Namespace, ranks: Any, images: Any, labels: Any):
+    """(the engine, a whole step) of a party."""
     import torch
 
     from sam_repro.config import compose_config
-    from sam_repro.distributed import init_ranks
     from sam_repro.models import build_model
     from sam_repro.objective import gradient_step
     from sam_repro.optim import build_base, decay_groups
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    ranks, rows = init_ranks(args.device), []
-    images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=ranks.device)
-    labels = torch.randint(0, 1000, (args.batch,), device=ranks.device)
-    for name in args.models:
-        for party in args.parties:
-            for reduce in args.reduce if ranks.world > 1 else args.reduce[:1]:
-                gc.collect()
-                method, _, m = party.partition("-m")
-                words = [f"model={name}", METHODS[method], f"optim.m={m or args.batch}", f"train.reduce={reduce}"]
-                words += [f"recipe.batch_size={args.batch * ranks.world}", f"train.device={args.device}"]
-                cfg = compose_config([*words, f"model.tiny={str(args.device == 'cpu').lower()}"])
-                torch.manual_seed(0)
-                model = build_model(cfg.model, num_classes=1000, image_size=args.size, loss=cfg.recipe.loss)
-                model = model.to(ranks.device)
-                if cfg.model.family == "resnet" and args.device == "cuda":
-                    model = model.to(memory_format=torch.channels_last)
-                base = build_base(cfg.recipe.base, decay_groups(model.named_parameters(), 0.1), lr=1e-4)
-                step = gradient_step(cfg, model, ranks, local_batch=args.batch, bf16=args.device == "cuda")
+    words = [f"model={name}", METHODS[method], f"optim.m={m or args.batch}", f"train.reduce={reduce}"]
+    words += [f"recipe.batch_size={args.batch * ranks.world}", f"train.device={args.device}"]
+    cfg = compose_config([*words, f"model.tiny={str(args.device == 'cpu').lower()}"])
+    torch.manual_seed(0)
+    model = build_model(cfg.model, num_classes=1000, image_size=args.size, loss=cfg.recipe.loss).to(ranks.device)
+    if cfg.model.family == "resnet" and args.device == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    base = build_base(cfg.recipe.base, decay_groups(model.named_parameters(), 0.1), lr=1e-4)
+    step = gradient_step(cfg, model, ranks, local_batch=args.batch, bf16=args.device == "cuda")
 
-                def run(step=step, base=base) -> None:
-                    step(images, labels, rho=0.1)
-                    step.clip_(1.0)
-                    base.step()
+    def run() -> None:
+        step(images, labels, rho=0.1)
+        step.clip_(1.0)
+        base.step()
 
-                for _ in range(5):
-                    run()
-                row = {"kind": "scaling", "model": name, "method": method, "m": int(m or args.batch), "reduce": reduce}
-                row |= {"gpus": ranks.world, "batch": args.batch, "bytes": 4 * len(step.flat)}
-                row["step"] = measure(run, args, ranks)
-                row["reduction"] = measure(step._reduce, args, ranks) if ranks.world > 1 else 0.0
-                step.all_reduce = None
-                row["alone"] = measure(run, args, ranks)
-                row["images_per_second"] = ranks.world * args.batch / row["step"]
-                rows.append(row)
-                if ranks.main:
-                    print(json.dumps(row), flush=True)
-                    args.worker.write_text(json.dumps(rows))
-                del step, base, model, run
-    ranks.close()
+    return step, run
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -127,32 +156,23 @@ def worker(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
+    args.gpus = sorted(set(args.gpus))
     if args.worker:
         worker(args)
         return
-    from sam_repro import ledger
     from sam_repro.paper.scaling import table
 
-    entries: list[dict] = []
-    result = {"batch": args.batch, "rounds": args.rounds, "steps": args.steps, "entries": entries}
-    result |= {"hardware": "CPU", **ledger.provenance()}
-    for gpus in args.gpus:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-            command += [__file__, *sys.argv[1:], "--worker", str(rows)]
-            code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-            entries += json.loads(rows.read_text()) if rows.exists() else []
-            if code:
-                print(f"{gpus} GPUs: exit code {code}", file=sys.stderr)
-        if args.device == "cuda":
-            import torch
-
-            result["hardware"] = f"{max(r['gpus'] for r in entries)} x {torch.cuda.get_device_name()}"
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table([result]))
+    with tempfile.TemporaryDirectory() as folder:
+        output = args.output or Path(folder) / "scaling.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus[-1]}"]
+        command += [__file__, *sys.argv[1:], "--worker", "--output", str(output)]
+        code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if code:
+            print(f"exit code {code}", file=sys.stderr)
+        if output.exists():
+            print(table([json.loads(output.read_text())]))
+        sys.exit(code)
 
 
 if __name__ == "__main__":

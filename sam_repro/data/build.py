@@ -142,7 +142,7 @@ def build_loader(
     backend, reason = resolve_backend(data)
     geometry = training_geometry(data, augment) if training else evaluation_geometry(data)
     with ExitStack() as unless_built:
-        source = open_source(data, "val" if split == "val" else "train")
+        source = open_source(data, "val" if split == "val" else "train", batch_size * world if training else 0)
         unless_built.callback(source.close)
         members = _members(source.labels, data, split)
         if sample:

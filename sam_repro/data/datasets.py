@@ -165,8 +165,8 @@ class ArraySource:
         self.files = [str(index) for index in range(len(labels))]
 
     def read(self, index: int) -> np.ndarray:
-        """One image, as it is."""
-        return self.images[index]
+        """One image, as it is; beyond the last they begin again."""
+        return self.images[index % len(self.images)]
 
     def encoded(self, index: int) -> Buffer | None:
         """There are no JPEGs."""
@@ -228,8 +228,8 @@ def _jpeg(image: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
-def synthetic(data: DataConfig, split: str) -> ArraySource:
-    """Smooth random images in memory: a pattern of the class (learnable) plus one of the sample."""
+def synthetic(data: DataConfig, split: str, at_least: int = 0) -> ArraySource:
+    """Smooth random images in memory: a pattern of the class (learnable) plus one of the sample; repeated as needed."""
     side, count = data.image_size, SYNTHETIC_COUNTS[split]
     patterns = np.random.default_rng(0).normal(size=(data.num_classes, 4, 4, 3))
     labels = np.arange(count, dtype=np.int64) % data.num_classes
@@ -237,7 +237,9 @@ def synthetic(data: DataConfig, split: str) -> ArraySource:
     small = (patterns[labels] + 0.5 * noise).astype(np.float32)
     large = np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR) for image in small])
     images = np.clip(128 + 48 * large, 0, 255).astype(np.uint8)
-    spec = ["synthetic", 1, split, count, side, data.num_classes]
+    total = max(count, at_least)
+    labels = labels[np.arange(total) % count]
+    spec = ["synthetic", 1, split, total, side, data.num_classes]
     return ArraySource(images, labels, [str(label) for label in range(data.num_classes)], _digest(spec))
 
 
@@ -251,10 +253,13 @@ def find_source(root: Path, split: str) -> Source:
     raise UserError(f"{root} has neither {split}.beton nor a folder {split}/ with one folder a class")
 
 
-def open_source(data: DataConfig, split: str) -> Source:
-    """The source of 'train' or 'val'. Raises UserError when it is missing, damaged or has other classes."""
+def open_source(data: DataConfig, split: str, batch: int = 0) -> Source:
+    """The source of 'train' or 'val'. Raises UserError when it is missing, damaged or has other classes.
+
+    batch: generated images are as many at least.
+    """
     if data.name == "synthetic":
-        return synthetic(data, split)
+        return synthetic(data, split, batch)
     ensure(data)
     root = root_of(data)
     source = find_source(root, split)

@@ -193,6 +193,7 @@ class FusedStep(GradientStep):
             one = torch.full_like(gg, self.weight)
             self._combine(g, None, one, torch.zeros_like(one), self.second_views, add=True)
 
+    @torch.no_grad()
     def _look(self, rho: float, seed: int) -> None:
         """The adversary of each group, w + eps, by a perturbation that is no kernel: in fp32, between the graphs."""
         for i in range(self.groups):

@@ -63,7 +63,9 @@ def one_table(result: Result) -> str:
         cells += [f"{100 * e[k]:.1f} %" if many else "–" for k in ("efficiency", "predicted_efficiency")]
         lines.append("| " + " | ".join(cells) + " |")
     versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("torch", "timm"))
-    told = f"{result['hardware']}, {result['batch']} resident images a GPU, bf16, compiled, {versions}, commit "
+    most = max(e["gpus"] for e in result["entries"])
+    how = "fp32" if "CPU" in result["hardware"] else "bf16, compiled"
+    told = f"{most} x {result['hardware']}, {result['batch']} resident images a GPU, {how}, {versions}, commit "
     told += (
         f"{result['commit'][:8]}, median of {result['rounds']} rounds of {result['steps']} steps, the slowest rank's. "
     )

