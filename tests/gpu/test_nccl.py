@@ -31,8 +31,8 @@ def train(folder: Path, world: int, *overrides: str) -> dict[str, torch.Tensor]:
     return load_file(weights)
 
 
-# SGD at small steps: what is tested is the sum over ranks. Adam divides gradients that are zero but for rounding by their
-# size, and the toy ResNet at its peak rate is chaotic: 1e-7 grows to 1e-1 in three steps, on a CPU with gloo as well.
+# SGD at small steps: what is tested is the sum over ranks. Adam divides gradients that are zero but for rounding by
+# their size, and the toy ResNet at its peak rate is chaotic: 1e-7 grows to 1e-1 in three steps, with gloo as well.
 @pytest.mark.parametrize(("model", "lr"), [("vit_s32", 0.01), ("resnet50", 0.001)])
 def test_any_number_of_gpus_gives_the_same_weights(tmp_path, model, lr):
     worlds = [w for w in (1, 2, 4, 8) if w <= GPUS]

@@ -150,15 +150,6 @@ def test_class_folders_give_the_same_as_their_beton(root):
     assert equal(collect(make(config(root / "folders"))), collect(make(config(root))))
 
 
-def test_generated_images_are_as_many_as_a_batch_needs():
-    data = DataConfig(name="synthetic", num_classes=1000, image_size=16, eval_resize=16, backend="torch", workers=1)
-    kinds = {"split": "train", "training": True, "batch_size": 300, "world": 2, "seed": 0, "device": torch.device("cpu")}
-    loader = build_loader(data, AugmentConfig(name="none"), rank=1, **kinds)
-    ((images, labels),) = loader.epoch(0)
-    assert loader.samples == 600 and images.shape == (300, 3, 16, 16) and labels.max() < 256
-    loader.close()
-
-
 def test_minival_is_held_out_of_train(root):
     data = config(root, train_fraction=0.8)
     train, minival = (make(data, split=s, training=False) for s in ("train", "minival"))

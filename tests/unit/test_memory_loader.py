@@ -88,3 +88,12 @@ def test_generated_images():
 def test_what_cannot_be_held_is_one_sentence(root):
     with pytest.raises(UserError, match="RandAugment"):
         batches(root, "memory", {"randaugment": 10})
+
+
+def test_generated_images_are_as_many_as_a_batch_needs():
+    data = DataConfig(name="synthetic", num_classes=1000, image_size=16, eval_resize=16, backend="torch", workers=1)
+    kinds = {"split": "train", "training": True, "batch_size": 300, "world": 2, "device": torch.device("cpu")}
+    loader = build_loader(data, AugmentConfig(name="none"), rank=1, seed=0, **kinds)
+    ((images, labels),) = loader.epoch(0)
+    assert loader.samples == 600 and images.shape == (300, 3, 16, 16) and labels.max() < 256
+    loader.close()
