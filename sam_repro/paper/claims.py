@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from sam_repro.paper.outcome import Outcome
 from sam_repro.paper.spec import Column, Table
-from sam_repro.paper.stats import LEVEL, compare, interval
+from sam_repro.paper.stats import LEVEL, compare, interval, magnitudes
 
 
 def judged(table: Table, found: list[Outcome]) -> list[str]:
@@ -32,8 +32,10 @@ def judged(table: Table, found: list[Outcome]) -> list[str]:
 
 
 def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> tuple[str, str]:
-    """(word, evidence) on the claim that one row beats another: paired by seed."""
+    """(word, evidence) on the claim that one row beats another: paired by seed; of a magnitude, their ratio."""
     ours, theirs = better.by_seed(column), than.by_seed(column)
+    if column.magnitude:  # by their ratio
+        ours, theirs = ({s: math.log(max(v, 1e-300)) for s, v in x.items()} for x in (ours, theirs))
     tested = compare(theirs, ours)
     if tested is None:
         return "not run", ""
@@ -44,6 +46,10 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     half = "" if at.half is None else f" ± {at.half:.{digits}f}"
     p = "" if tested.p is None else f", p = {tested.p:.2g}"
     why = f"{better.row.method} − {than.row.method}: {at.mean:+.{digits}f}{half}{unit} (n = {tested.n}{p})."
+    if column.magnitude:
+        low, mid, high = (f"{math.exp(at.mean + d):.2g}" for d in (-(at.half or 0), 0, at.half or 0))
+        between = f", 95 % from {low} to {high}" if at.half is not None else ""
+        why = f"{better.row.method} over {than.row.method}: a factor of {mid}{between} (n = {tested.n}{p})."
     seen = (at.mean < 0) == lower and at.mean != 0
     return word_of(tested.p, seen=seen), why
 
@@ -63,9 +69,9 @@ def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, 
 
 
 def mean(o: Outcome, column: Column) -> float | None:
-    """Mean over seeds, None without any."""
+    """Mean over seeds, of magnitudes the geometric one; None without any."""
     values = list(o.by_seed(column).values())
-    return math.fsum(values) / len(values) if values else None
+    return (magnitudes if column.magnitude else interval)(values).mean if values else None
 
 
 def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:

@@ -18,8 +18,8 @@ from sam_repro.errors import UserError
 from sam_repro.ledger import Row
 from sam_repro.paper.outcome import Cell, Outcome, curve, outcomes, provenance_of
 from sam_repro.paper.spec import UNREADABLE, Column, Table, load_table
-from sam_repro.paper.stats import interval
-from sam_repro.paper.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, save
+from sam_repro.paper.stats import Interval, interval
+from sam_repro.paper.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, logarithmic, save
 from sam_repro.paper.toy import draw_toy, trajectories
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
     figure, axes = panels_figure(table, found, len(panels))
     colours = colours_of_series(found)
     for ax, column in zip(axes, panels, strict=True):
-        ax.set_title(column.title + (f", {column.unit}" if column.unit else ""))
+        ax.set_title(title_of(column))
+        if column.magnitude:
+            logarithmic(ax, "y")
         ax.set_xlabel(table.figure.get("x_title", ""))
         if table.figure.get("log_x"):
             ax.set_xscale("log")
@@ -197,8 +199,10 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
             points.sort(key=lambda point: point[0])
             ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
             if ours:
-                xs, means, halves = zip(*[(x, at.mean, at.half or 0.0) for x, at in ours], strict=True)
-                ax.errorbar(xs, means, halves, color=colours[name], marker="o", markersize=5, elinewidth=1)
+                xs, means = [x for x, _ in ours], [at.mean for _, at in ours]
+                ax.errorbar(
+                    xs, means, bars([at for _, at in ours]), color=colours[name], marker="o", markersize=5, elinewidth=1
+                )
                 ends.append((xs[-1], means[-1], name, colours[name]))
             for x, cell in points:
                 if isinstance(cell.printed, (int, float)):
@@ -243,7 +247,9 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     height = figure.get_figheight()
     figure.subplots_adjust(wspace=0.12, top=1 - 1.05 / height, bottom=0.75 / height)
     for ax, column in zip(axes, panels, strict=True):
-        ax.set_title(column.title + (f", {column.unit}" if column.unit else ""))
+        ax.set_title(title_of(column))
+        if column.magnitude:
+            logarithmic(ax, "x")
         ax.grid(axis="y", visible=False)
         ax.hlines(range(len(lines)), 0, 1, transform=ax.get_yaxis_transform(), color=LINE, linewidth=0.6, zorder=0)
         ax.set_ylim(len(lines) - 0.4, -0.6)
@@ -256,7 +262,7 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
                 ax.plot(cell.printed, y, **PRINTED | {"markeredgecolor": colour})
                 drawn = True
             if cell.ours is not None:
-                ax.errorbar(cell.ours.mean, y, xerr=cell.ours.half or 0, color=colour, marker="o", markersize=6)
+                ax.errorbar(cell.ours.mean, y, xerr=bars([cell.ours]), color=colour, marker="o", markersize=6)
                 drawn = True
         if not drawn:
             ax.set_xticks([])
@@ -265,6 +271,19 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
         key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(found)}
         label_methods(figure, axes[0], [(key[m], colours[m]) for m in colours if m in key])
     return figure
+
+
+def bars(found: list[Interval]) -> tuple[list[float], list[float]]:
+    """What error bars reach below and above: the interval, or a magnitude's range over seeds."""
+    ends = [at.span or (at.mean - (at.half or 0), at.mean + (at.half or 0)) for at in found]
+    below = [max(0.0, at.mean - low) for at, (low, _) in zip(found, ends, strict=True)]
+    return below, [max(0.0, high - at.mean) for at, (_, high) in zip(found, ends, strict=True)]
+
+
+def title_of(column: Column) -> str:
+    """A panel's title."""
+    said = f"{column.title}, {column.unit}" if column.unit else column.title
+    return f"{said} (range over seeds)" if column.magnitude else said
 
 
 def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, str]]) -> None:

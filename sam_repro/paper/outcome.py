@@ -13,7 +13,7 @@ from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.lock import is_held
 from sam_repro.paper.runs import Run, runs_of
 from sam_repro.paper.spec import Column, Table, TableRow
-from sam_repro.paper.stats import Comparison, Interval, compare, interval, verdict
+from sam_repro.paper.stats import Comparison, Interval, compare, interval, magnitudes, verdict
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def outcome(
         values = [value_of(r, column) for r in found if r["status"] == "done"]
         values += [computed(row, column)] if row.overrides is None else []
         values = [v for v in values if v is not None]
-        ours, printed = interval(values) if values else None, row.printed.get(column.name)
+        summary = magnitudes if column.magnitude else interval
+        ours, printed = summary(values) if values else None, row.printed.get(column.name)
         word = verdict(ours, printed, digits=column.digits)
         if word == "pending" and state != "done":
             word = state

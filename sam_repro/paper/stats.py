@@ -19,6 +19,14 @@ class Interval:
     mean: float
     half: float | None  # None with one seed: no interval exists
     n: int
+    span: tuple[float, float] | None = None  # of a magnitude: the seeds' range, and `mean` is geometric
+
+
+def magnitudes(values: list[float]) -> Interval:
+    """The geometric mean of sizes that spread over orders of magnitude, and their range (at least one, positive)."""
+    logs = [math.log(max(v, 1e-300)) for v in values]
+    mean, n = math.exp(math.fsum(logs) / len(logs)), len(values)
+    return Interval(mean, None if n == 1 else 0.0, n, (min(values), max(values)))
 
 
 def interval(values: list[float]) -> Interval:

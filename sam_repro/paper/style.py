@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sam_repro.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,12 +74,25 @@ def spread(positions: list[float], gap: float) -> list[float]:
     return moved
 
 
+def logarithmic(ax: Axes, which: str) -> None:
+    """A logarithmic x or y axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set(**{f"{which}scale": "log"})
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def label_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write (x, y, text, colour) to the right of the ends of lines, moved apart where they would overlap."""
     if not ends:
         return
-    low, high = ax.get_ylim()
-    ys = spread([y for _, y, _, _ in ends], 0.075 * (high - low))
+    place = np.log if ax.get_yscale() == "log" else np.asarray
+    low, high = place(ax.get_ylim())
+    ys = spread(list(place([y for _, y, _, _ in ends])), 0.075 * (high - low))
+    ys = list(np.exp(ys)) if ax.get_yscale() == "log" else ys
     left, right = ax.get_xlim()
     x = max(x for x, _, _, _ in ends)
     offset = 0.06 * x if ax.get_xscale() == "log" else 0.025 * (right - left)

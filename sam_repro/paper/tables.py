@@ -105,7 +105,9 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
             *comparisons(order_of_methods(table, found), table),
             *(chosen(w, table) for w in winners(table, found)),
         ],
-        footnotes=footnotes_of(table) + ([GAP] if curves else []),
+        footnotes=footnotes_of(table)
+        + ([GAP] if curves else [])
+        + [f"{c.title}: geometric mean and range over seeds" for c in table.columns if c.magnitude],
         provenance=sentences_of(provenance_of(found)),
     )
 
@@ -126,13 +128,21 @@ def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
         ours = "–"
     else:
         half = f" ± {cell.ours.half:.{digits + 1}f}" if cell.ours.half is not None else ""
+        if cell.ours.span is not None:
+            half = f" [{size(cell.ours.span[0])}–{size(cell.ours.span[1])}]" if cell.ours.n > 1 else ""
         wanted = f" of {len(o.runs)}" if cell.ours.n < len(o.runs) else ""
-        ours = f"{cell.ours.mean:.{digits + 1}f}{half} ({cell.ours.n}{wanted})"
+        middle = f"{cell.ours.mean:.{digits + 1}f}" if cell.ours.span is None else size(cell.ours.mean)
+        ours = f"{middle}{half} ({cell.ours.n}{wanted})"
     if not compared:
         return [ours, cell.verdict]
     printed = f"{cell.printed:.{digits}f}" if isinstance(cell.printed, (int, float)) else cell.printed or "–"
     difference = "–" if cell.difference is None else f"{cell.difference:+.{digits + 1}f}"
     return [ours, printed, difference, cell.verdict]
+
+
+def size(value: float) -> str:
+    """Three digits, all of them from 1,000 on: 0.512, 13.5, 107,140."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 from paper_rows import write_rows
 
 from sam_repro.errors import UserError
+from sam_repro.ledger import row_path
 from sam_repro.paper.claims import inversions, judged
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import parse_table
+from sam_repro.paper.tables import render
 
 BASE = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": {"val": {}}, "seeds": 3}
 
@@ -45,6 +48,23 @@ def test_contrast(tmp_path: Path, sam: list[int], claim: dict, word: str) -> Non
     assert said.startswith(f"{word}: SAM wins.")
     if len(sam) == 3 and sam[0] == 320:
         assert "SAM − VANILLA: +5.56 ± 0.00 points (n = 3, p = 0)" in said
+
+
+def test_magnitudes_are_compared_by_their_ratio(tmp_path: Path) -> None:
+    claim = {"better": "v/sam", "than": "v/vanilla", "lower": True}
+    columns = {"val": {"title": "|s|", "value": "step", "unit": "", "magnitude": True}}
+    table = parse_table("t", two_methods(claim) | {"columns": columns})
+    for row, sizes in zip(table.rows, ([1000, 100_000, 10], [100, 1000, 2]), strict=True):
+        write_rows(tmp_path, runs_of(table, row), [300, 301, 302])
+        for run, size in zip(runs_of(table, row), sizes, strict=True):
+            path = row_path(tmp_path, run.run_id)
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
+    found = outcomes(table, tmp_path)
+    (said,) = judged(table, found)
+    # geometric mean of 1/10, 1/100, 1/5; the t-interval of its logarithm
+    assert "SAM over VANILLA: a factor of 0.058, 95 % from 0.0012 to 2.9 (n = 3, p = 0.088)." in said
+    assert said.startswith("**open, leans to it**")
+    assert render(table, found, "md").splitlines()[2].split("|")[3].strip() == "1,000 [10–100,000] (3)"
 
 
 def test_trend_within_groups(tmp_path: Path) -> None:
