@@ -52,13 +52,18 @@ def load(folder: Path | None = None) -> list[Result]:
 
 
 def by_model(results: list[Result]) -> dict[str, dict[str, Result]]:
-    """model -> party -> entry, in the files' order; a party with groups is named with its m, the whole batch "m"."""
+    """model -> party -> entry, in the files' order; a party with groups is named with its m, the whole batch "m".
+
+    A model measured on other hardware than the first file's has that in its name.
+    """
     found: dict[str, dict[str, Result]] = {}
-    for entry in (entry for result in results for entry in result["entries"]):
-        party = entry["method"]
-        if party in ("gsam", "sam"):
-            party += "-m" if entry["m"] == entry["batch"] else f"-{entry['m']}"
-        found.setdefault(entry["model"], {})[party] = entry
+    for result in results:
+        elsewhere = "" if result["hardware"] == results[0]["hardware"] else f" ({result['hardware']})"
+        for entry in result["entries"]:
+            party = entry["method"]
+            if party in ("gsam", "sam"):
+                party += "-m" if entry["m"] == entry["batch"] else f"-{entry['m']}"
+            found.setdefault(entry["model"] + elsewhere, {})[party] = entry
     return found
 
 

@@ -142,7 +142,7 @@ def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
 
 def size(value: float) -> str:
     """Three digits, all of them from 1,000 on: 0.512, 13.5, 107,140."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def number(value: float | None, digits: int) -> str:

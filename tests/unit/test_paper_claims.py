@@ -64,7 +64,7 @@ def test_magnitudes_are_compared_by_their_ratio(tmp_path: Path) -> None:
     # geometric mean of 1/10, 1/100, 1/5; the t-interval of its logarithm
     assert "SAM over VANILLA: a factor of 0.058, 95 % from 0.0012 to 2.9 (n = 3, p = 0.088)." in said
     assert said.startswith("**open, leans to it**")
-    assert render(table, found, "md").splitlines()[2].split("|")[3].strip() == "1,000 [10–100,000] (3)"
+    assert "1,000 [10–100,000] (3)" in render(table, found, "md")
 
 
 def test_trend_within_groups(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ def test_table_has_a_dash_for_what_was_not_run(folder: Path) -> None:
     assert "commit aaaaaaaa" in lines[-1] and "700 TFLOP/s for vit, 700 TFLOP/s for resnet" in lines[-1]
 
 
+def test_other_hardware_is_named(folder: Path) -> None:
+    (folder / "c.json").write_text(json.dumps(result("vit", floor=0.1) | {"hardware": "NVIDIA Y"}))
+    assert [line.split("|")[1].strip() for line in table(load(folder)).splitlines()[2:5]] == [
+        "vit",
+        "resnet",
+        "vit (NVIDIA Y)",
+    ]
+
+
 def test_the_command_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["speed", "--folder", str(folder), "--chart", str(folder / "speed")]) == 0
     assert "| vit |" in capsys.readouterr().out
