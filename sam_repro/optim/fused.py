@@ -28,6 +28,15 @@ from sam_repro.optim.step import GradientStep
 WARMUP = 3  # calls before capture: compilation, autotuning, workspaces
 
 
+def aligned(weight: Tensor) -> bool:
+    """Whether rows and columns of a matrix in bf16 begin at multiples of 16 bytes.
+
+    Others, such as those over a Mixer's 49 tokens, stay in fp32: the compiled pass casts and pads them in one kernel,
+    where a copy in bf16 would have to be padded by itself.
+    """
+    return weight.ndim != 2 or all(side % 8 == 0 for side in weight.shape)
+
+
 class FusedStep(GradientStep):
     """GradientStep for any perturbation with a linear combination, fp32 parameters on one CUDA device.
 
@@ -55,7 +64,10 @@ class FusedStep(GradientStep):
         # Perturbations of the form a g + b v are kernels too, and the whole step is one graph.
         self.remembers = hasattr(self.perturb, "coefficients") and not getattr(self.perturb, "faithful", False)
         self.inline = self.perturb is None or self.perturb is sam or self.remembers
-        dtypes = [products if is_kernel(n, p) else torch.float32 for n, p in zip(self.names, self.params, strict=True)]
+        dtypes = [
+            products if is_kernel(n, p) and (self.batched or aligned(p)) else torch.float32
+            for n, p in zip(self.names, self.params, strict=True)
+        ]
         # One class of leaves a dtype: a kernel launch serves one class.
         self.classes = [[i for i, d in enumerate(dtypes) if d == dtype] for dtype in dict.fromkeys(dtypes)]
         device = self.params[0].device
