@@ -22,13 +22,22 @@ from sam_repro.config import Config
 from sam_repro.errors import UserError
 from sam_repro.paper.outcome import Outcome, outcomes
 from sam_repro.paper.plan import positive, positive_number
-from sam_repro.paper.rates import Entry, Rate, forward_gflop, load_rates, loader_rate, passes_of, step_rate
+from sam_repro.paper.rates import (
+    Entry,
+    Rate,
+    forward_gflop,
+    known_hardware,
+    load_rates,
+    loader_rate,
+    passes_of,
+    step_rate,
+)
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import Table, load_table
 
 # Training images of the data sets, as published; Flowers and Pets: train + val.
 TRAIN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "flowers": 2_040, "pets": 3_680}
-TRAIN_IMAGES |= {"digits": 1_438, "synthetic": 256}
+TRAIN_IMAGES |= {"imagenette": 9_469, "imagewoof": 9_025, "digits": 1_438, "synthetic": 256}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -83,8 +92,8 @@ def run(args: Namespace) -> None:
     print(f"  GPU-hours of {args.gpu}; days with {args.gpus} of them at work")
     if any(cost.hours is None for cost in total):
         print(
-            f"no measured speed of {args.gpu} for some rows: `sam-repro estimate ... --calibrate` on such a machine, "
-            "or --tflops to assume one",
+            f"no measured speed of {args.gpu} for some rows (measured: {', '.join(known_hardware())}): "
+            "`sam-repro estimate ... --calibrate` on such a machine, or --tflops to assume one",
             file=sys.stderr,
         )
 

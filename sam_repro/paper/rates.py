@@ -89,6 +89,13 @@ def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
     return entries
 
 
+def known_hardware(folder: Path | None = None) -> list[str]:
+    """The hardware whose steps were measured."""
+    trees = [json.loads(path.read_text()) for path in sorted((folder or benchmarks_dir()).glob("*.json"))]
+    steps = [t for t in trees if any(e.get("kind") == "step" for e in t.get("entries", []))]
+    return sorted({t["hardware"] for t in steps})
+
+
 def step_rate(cfg: Config, entries: list[Entry]) -> Rate | None:
     """The step's speed: measured for this model, method and m, else scaled from another method of the same model.
 
