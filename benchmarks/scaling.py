@@ -165,6 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = args.output or Path(folder) / "scaling.json"
         output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)  # what is printed in the end is this run's
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus[-1]}"]
         command += [__file__, *sys.argv[1:], "--worker", "--output", str(output)]
         code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from sam_repro.paper.outcome import Outcome
 from sam_repro.paper.spec import Column, Table
-from sam_repro.paper.stats import LEVEL, compare, interval, magnitudes
+from sam_repro.paper.stats import LEVEL, compare, interval, log_size, magnitudes
 
 
 def judged(table: Table, found: list[Outcome]) -> list[str]:
@@ -35,7 +35,7 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     """(word, evidence) on the claim that one row beats another: paired by seed; of a magnitude, their ratio."""
     ours, theirs = better.by_seed(column), than.by_seed(column)
     if column.magnitude:  # by their ratio
-        ours, theirs = ({s: math.log(max(v, 1e-300)) for s, v in x.items()} for x in (ours, theirs))
+        ours, theirs = ({s: log_size(v) for s, v in x.items()} for x in (ours, theirs))
     tested = compare(theirs, ours)
     if tested is None:
         return "not run", ""

@@ -65,6 +65,19 @@ def forward_gflop(model: str, image_size: int) -> float | None:
     return table.get(model, {}).get(str(image_size))
 
 
+def stored(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """The measurements that have entries, by file name. Raises UserError for a file that is not JSON."""
+    found = []
+    for path in sorted((folder or benchmarks_dir()).glob("*.json")):
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        if isinstance(tree, dict) and tree.get("entries"):
+            found.append((path, tree))
+    return found
+
+
 def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
     """All entries measured on a kind of hardware; `gpu` is the short name, or a part of the full one.
 
@@ -72,13 +85,7 @@ def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
         UserError: a file that does not follow the form.
     """
     entries = []
-    for path in sorted((folder or benchmarks_dir()).glob("*.json")):
-        try:
-            tree = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
-        if not isinstance(tree, dict) or "entries" not in tree:
-            continue  # another kind of measurement
+    for path, tree in stored(folder):
         if gpu.lower() not in (tree.get("gpu", "").lower(), *tree.get("hardware", "").lower().split()):
             continue
         for entry in tree["entries"]:
@@ -91,9 +98,8 @@ def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
 
 def known_hardware(folder: Path | None = None) -> list[str]:
     """The hardware whose steps were measured."""
-    trees = [json.loads(path.read_text()) for path in sorted((folder or benchmarks_dir()).glob("*.json"))]
-    steps = [t for t in trees if any(e.get("kind") == "step" for e in t.get("entries", []))]
-    return sorted({t["hardware"] for t in steps})
+    steps = [tree for _, tree in stored(folder) if any(e.get("kind") == "step" for e in tree["entries"])]
+    return sorted({tree["hardware"] for tree in steps})
 
 
 def step_rate(cfg: Config, entries: list[Entry]) -> Rate | None:

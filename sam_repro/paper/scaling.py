@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sam_repro.paper.rates import benchmarks_dir
+from sam_repro.paper.rates import stored
 from sam_repro.paper.style import PALETTE, RC, SOFT, save
 
 Result = dict[str, Any]
@@ -15,8 +14,7 @@ BUS = 329e9  # bytes/s: bus bandwidth of an all-reduce of 1 GiB on two H100 of o
 
 def load(folder: Path | None = None) -> list[Result]:
     """The results of benchmarks/scaling.py, by file name."""
-    trees = [json.loads(path.read_text()) for path in sorted((folder or benchmarks_dir()).glob("*.json"))]
-    return [t for t in trees if any(e.get("kind") == "scaling" for e in t.get("entries", []))]
+    return [tree for _, tree in stored(folder) if any(e.get("kind") == "scaling" for e in tree["entries"])]
 
 
 def reduction(bytes_: float, gpus: int, bus: float = BUS) -> float:

@@ -10,7 +10,6 @@ figures measured in one run, by benchmarks/step.py; a dash is what was not run.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.paper import scaling
-from sam_repro.paper.rates import benchmarks_dir
+from sam_repro.paper.rates import stored
 from sam_repro.paper.style import RC, save
 
 Result = dict[str, Any]
@@ -47,8 +46,7 @@ def run(args: Namespace) -> int:
 
 def load(folder: Path | None = None) -> list[Result]:
     """The results of benchmarks/step.py, by file name."""
-    trees = [json.loads(path.read_text()) for path in sorted((folder or benchmarks_dir()).glob("*.json"))]
-    return [t for t in trees if "matmul_tflops" in t and t.get("entries")]
+    return [tree for _, tree in stored(folder) if "matmul_tflops" in tree]
 
 
 def by_model(results: list[Result]) -> dict[str, dict[str, Result]]:

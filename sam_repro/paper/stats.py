@@ -22,9 +22,14 @@ class Interval:
     span: tuple[float, float] | None = None  # of a magnitude: the seeds' range, and `mean` is geometric
 
 
+def log_size(value: float) -> float:
+    """The logarithm of a size; a zero is as small as can be."""
+    return math.log(max(value, 1e-300))
+
+
 def magnitudes(values: list[float]) -> Interval:
     """The geometric mean of sizes that spread over orders of magnitude, and their range (at least one, positive)."""
-    logs = [math.log(max(v, 1e-300)) for v in values]
+    logs = list(map(log_size, values))
     mean, n = math.exp(math.fsum(logs) / len(logs)), len(values)
     return Interval(mean, None if n == 1 else 0.0, n, (min(values), max(values)))
 
