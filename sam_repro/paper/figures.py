@@ -184,7 +184,7 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
     figure, axes = panels_figure(table, found, len(panels))
     colours = colours_of_series(found)
     for ax, column in zip(axes, panels, strict=True):
-        ax.set_title(title_of(column))
+        ax.set_title(title_of(column, found))
         if column.magnitude:
             logarithmic(ax, "y")
         ax.set_xlabel(table.figure.get("x_title", ""))
@@ -247,7 +247,7 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     height = figure.get_figheight()
     figure.subplots_adjust(wspace=0.12, top=1 - 1.05 / height, bottom=0.75 / height)
     for ax, column in zip(axes, panels, strict=True):
-        ax.set_title(title_of(column))
+        ax.set_title(title_of(column, found))
         if column.magnitude:
             logarithmic(ax, "x")
         ax.grid(axis="y", visible=False)
@@ -280,10 +280,11 @@ def bars(found: list[Interval]) -> tuple[list[float], list[float]]:
     return below, [max(0.0, high - at.mean) for at, (_, high) in zip(found, ends, strict=True)]
 
 
-def title_of(column: Column) -> str:
-    """A panel's title."""
+def title_of(column: Column, found: list[Outcome]) -> str:
+    """A panel's title; of magnitudes it says what the bars are."""
     said = f"{column.title}, {column.unit}" if column.unit else column.title
-    return f"{said} (range over seeds)" if column.magnitude else said
+    barred = column.magnitude and any(len(o.by_seed(column)) > 1 for o in found)
+    return f"{said} (range over seeds)" if barred else said
 
 
 def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, str]]) -> None:
