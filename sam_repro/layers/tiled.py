@@ -26,7 +26,7 @@ from sam_repro.layers.kernels import LOG2E
 TAIL = tl.constexpr(16)
 
 # rows and columns of a tile, warps, stages of the loads' pipeline
-FORWARD = (64, 64, 4, 2)
+FORWARD = (64, 32, 4, 3)
 QUERIES = (64, 64, 4, 2)
 KEYS = (64, 32, 4, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ class Monitor:
         try:
             with in_mode(self.model, training=False):
                 found = self._measure(done, rho, final=final)
-        except (torch.OutOfMemoryError, UserError) as error:
+        except (RuntimeError, UserError) as error:
+            if not isinstance(error, UserError) and not no_memory(error):
+                raise
             memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch) "
             memory += f"beside up to {MOST} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
@@ -82,7 +85,8 @@ class Monitor:
     def _measure(self, done: int, rho: float, *, final: bool) -> dict[str, Any]:
         wanted = self.cfg.sharpness
         if self.batches is None:
-            self.batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
+            batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
+            self.batches = fitting(batches, self._try) if self.ranks.device.type == "cuda" else batches
         hessian = loss_hessian(self.cfg, self.model, self.batches, self.ranks)
         pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
         v = pair.vectors[0]
@@ -102,6 +106,11 @@ class Monitor:
                 found["decay_cosine"] = sum(self.after_k) / len(self.after_k)
         return found
 
+    def _try(self, batch: Batch) -> None:
+        """One product with one batch, of this rank alone."""
+        hessian = loss_hessian(self.cfg, self.model, [batch], Ranks(0, 1, 0, 1, self.ranks.device))
+        hessian(torch.ones(hessian.size, device=self.ranks.device))
+
     def _ages(self, done: int) -> list[tuple[int, Tensor]]:
         return [(done - made, old) for made, old in reversed(self.past) if made < done]
 
@@ -116,7 +125,7 @@ class Monitor:
         total = torch.zeros(2, dtype=torch.float64)
         images = [torch.cat(parts) for parts in zip(*self.batches, strict=True)]
         for i, group in enumerate(zip(*(t.split(self.cfg.optim.m or len(t)) for t in images), strict=True)):
-            passes = zip(*(t.split(self.cfg.sharpness.batch) for t in group), strict=True)
+            passes = zip(*(t.split(len(self.batches[0][0])) for t in group), strict=True)
             _, g = Hessian(hessian.objective, hessian.params, list(passes)).gradient()
             if hasattr(perturb, "reseed"):
                 perturb.reseed(i)
@@ -130,3 +139,27 @@ class Monitor:
         """Images on all ranks."""
         own = torch.tensor(float(sum(len(images) for images, *_ in self.batches or [])), device=self.ranks.device)
         return int(self.ranks.sum_(own).item())
+
+
+def fitting(batches: list[Batch], attempt: Callable[[Batch], object]) -> list[Batch]:
+    """`batches`, halved until `attempt` has memory for the first: other runs may share the GPU.
+
+    What is measured is a mean over images, so it does not depend on how they are split.
+    """
+    while batches:
+        try:
+            attempt(batches[0])
+            break
+        except RuntimeError as error:
+            images = len(batches[0][0])
+            if images == 1 or not no_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        parts = (zip(*(t.split(-(-images // 2)) for t in batch), strict=True) for batch in batches)
+        batches = [part for batch in parts for part in batch]
+    return batches
+
+
+def no_memory(error: RuntimeError) -> bool:
+    """Whether memory lacks; forward mode's derivatives run in an interpreter that wraps the error in another."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

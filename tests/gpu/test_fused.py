@@ -31,11 +31,22 @@ def setup(model_name: str, optim: str, groups: str, compiled: bool = True):
     cfg = compose_config([*overrides, "train.device=cuda", f"train.compile={compiled}"])
     model = build_model(cfg.model, num_classes=10, image_size=SIZE, loss=cfg.recipe.loss).cuda()
     if cfg.model.family == "resnet":
-        model = model.to(memory_format=torch.channels_last)
+        model = smooth(model).to(memory_format=torch.channels_last)
     with torch.no_grad():  # a zero head would hide most of the gradient
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     return cfg, model.train()
+
+
+def smooth(model):
+    """`model` without kinks, where rounding flips a ReLU's zero or a pooling's maximum and equal passes part by 2 %."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ReLU):
+                setattr(module, name, torch.nn.SiLU())
+            elif isinstance(child, torch.nn.MaxPool2d):
+                setattr(module, name, torch.nn.AvgPool2d(3, 2, 1))
+    return model
 
 
 def batch():
@@ -83,10 +94,8 @@ def test_fp32_equals_the_plain_loop(name, groups, optim, compiled, monkeypatch):
         metrics, gradient, after = run(fused, data, state, model)
         after = {k: v.clone() for k, v in after.items()}
         expected_metrics, expected, expected_after = run(plain, data, state, model)
-        # Between the passes a ReLU can flip where rounding moves a zero: seen at 1.3e-4 in one ResNet of these cases.
-        allowed = 1e-3 if name == "resnet50" and not compiled else 1e-5
-        assert ((gradient - expected).norm() / expected.norm()).item() < allowed
-        torch.testing.assert_close(metrics, expected_metrics, rtol=max(1e-4, allowed), atol=1e-5)
+        assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
+        torch.testing.assert_close(metrics, expected_metrics, rtol=1e-4, atol=1e-5)
         for key, value in expected_after.items():
             torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-5)
 
@@ -171,12 +180,11 @@ def test_tiled_attention_equals_plain_attention(tokens, d, compiled):
     assert near(*pairs[0])
 
 
-def test_the_layer_takes_the_tiled_kernel(monkeypatch):
+def test_the_layer_takes_the_tiled_kernel():
     from timm.layers.attention import Attention
 
     from sam_repro.layers import attention
 
-    monkeypatch.setattr(attention, "LONGEST", 256)
     layer = Attention(192, num_heads=3, qkv_bias=True).cuda()
     x = torch.randn(2, 196, 192, device="cuda")
     found = []
