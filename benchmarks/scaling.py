@@ -3,8 +3,8 @@
     python benchmarks/scaling.py --gpus 1 2 --models vit_b32 resnet50 --output results/benchmarks/<gpu>-scaling.json
 
 Every GPU gets `--batch` images, resident, so that the work a GPU is constant (weak scaling). A party is a model, a
-method and m. torchrun starts one process a GPU of the largest number; each builds and compiles a party once, and then
-the first N measure it for every N in turn, while the others rest:
+method and m. torchrun starts one process a GPU of the largest number; each builds and compiles a party once, and then,
+in every round, the first N measure it for every N in turn, while the others rest:
 
     step        the whole step: gradient, reduction over the N, clip, base optimizer
     alone       the same without the reduction, the N GPUs working at the same time
@@ -54,26 +54,31 @@ def arguments() -> argparse.Namespace:
 # ---- one rank --------------------------------------------------------------------------------------------------------
 
 
-def measure(run: Callable[[], object], args: argparse.Namespace, device: Any, group: Any) -> float:
-    """Seconds of one call: median over rounds, of the slowest rank of `group` (None: this one alone)."""
+def timed(run: Callable[[], object], steps: int, device: Any, group: Any) -> float:
+    """Seconds of one call: the mean of `steps`, begun together by the ranks of `group` (None: this one alone)."""
     import torch
     import torch.distributed as dist
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(args.rounds):
-        if group is not None:
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
-        wait()
-        start = time.perf_counter()
-        for _ in range(args.steps):
-            run()
-        wait()
-        times.append((time.perf_counter() - start) / args.steps)
-    slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
     if group is not None:
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-    return slowest.item()
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        run()
+    wait()
+    return (time.perf_counter() - start) / steps
+
+
+def slowest(times: list[float], device: Any, group: Any) -> float:
+    """The median over rounds, of the slowest rank of `group`."""
+    import torch
+    import torch.distributed as dist
+
+    median = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
+    if group is not None:
+        dist.all_reduce(median, op=dist.ReduceOp.MAX, group=group)
+    return median.item()
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -101,25 +106,31 @@ def worker(args: argparse.Namespace) -> None:
         step, run = build(name, method, m, reduce, args, ranks, images, labels)
         for _ in range(5):
             run()
-        for n in args.gpus:
+        mine = [n for n in args.gpus if ranks.rank < n]
+        times = {(n, what): [] for n in mine for what in ("step", "reduction", "alone")}
+        for n in args.rounds * args.gpus:  # in turn, since a GPU that gets warm gets slower
             ranks.pulse()
             if everybody is not None:
                 dist.barrier(group=everybody)
-            if ranks.rank >= n:
+            if n not in mine:
                 continue
             group = groups[n]
             step.all_reduce = (lambda t, group=group: dist.all_reduce(t, group=group)) if group is not None else None
+            times[n, "step"].append(timed(run, args.steps, ranks.device, group))
+            alone = group is None
+            times[n, "reduction"].append(0.0 if alone else timed(step._reduce, args.steps, ranks.device, group))
+            step.all_reduce = None
+            times[n, "alone"].append(timed(run, args.steps, ranks.device, group))
+        for n in mine:
             row = {"kind": "scaling", "model": name, "method": method, "m": int(m or args.batch), "reduce": reduce}
             row |= {"gpus": n, "batch": args.batch, "bytes": 4 * len(step.flat)}
-            row["step"] = measure(run, args, ranks.device, group)
-            row["reduction"] = measure(step._reduce, args, ranks.device, group) if group is not None else 0.0
-            step.all_reduce = None
-            row["alone"] = measure(run, args, ranks.device, group)
+            row |= {w: slowest(times[n, w], ranks.device, groups[n]) for w in ("step", "reduction", "alone")}
             row["images_per_second"] = n * args.batch / row["step"]
             rows.append(row)
             if ranks.main:
                 print(json.dumps(row), flush=True)
-                args.output.write_text(json.dumps(result, indent=1) + "\n")
+        if ranks.main:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
         del step, run
     ranks.close()
 

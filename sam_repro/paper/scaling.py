@@ -89,7 +89,8 @@ def draw(results: list[Result], stem: Path) -> list[Path]:
                 gpus = [e["gpus"] for e in points]
                 label = f"{line[1]}, m = {line[2]}"
                 ax.plot(gpus, [100 * e["efficiency"] for e in points], "o-", color=colour, label=label, markersize=4)
-            ax.plot(gpus, [100 * e["predicted_efficiency"] for e in points], "--", color=SOFT, label="predicted")
+                ax.plot(gpus, [100 * e["predicted_efficiency"] for e in points], "--", color=colour, linewidth=1)
+            ax.plot([], [], "--", color=SOFT, linewidth=1, label="predicted")
             ax.set_xscale("log", base=2)
             ax.set_xticks(gpus, [str(n) for n in gpus])
             ax.set_title(model)

@@ -76,13 +76,22 @@ def spread(positions: list[float], gap: float) -> list[float]:
 
 def logarithmic(ax: Axes, which: str) -> None:
     """A logarithmic x or y axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.set(**{f"{which}scale": "log"})
     axis = ax.xaxis if which == "x" else ax.yaxis
+
+    def plain(value: float, _: int | None = None) -> str:
+        return f"{value:,.0f}" if value >= 2 else f"{value:g}"
+
+    def between(value: float, _: int | None = None) -> str:
+        low, high = axis.get_view_interval()
+        return plain(value) if high < 5 * low else ""
+
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_locator(LogLocator(subs=(1.5, 3, 7), numticks=8))
+    axis.set_minor_formatter(FuncFormatter(between))
 
 
 def label_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
