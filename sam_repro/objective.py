@@ -98,7 +98,7 @@ def gradient_step(
         raise UserError(f"optim.m={m} does not divide the {part} images of an inner step")
     if part % (m or part):
         raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} a process")
-    stochastic = any(isinstance(mod, nn.Dropout) and mod.p > 0 for mod in model.modules())
+    stochastic = draws_numbers(model)
     compiled = ranks.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
     peers = {
         "all_reduce": ranks.reduce_gradient_ if ranks.world > 1 else None,
@@ -145,6 +145,14 @@ def gradient_step(
     if o.every > 1:
         return EveryK(objective, params, every=o.every, reuse=o.reuse, **method)
     return GradientStep(objective, params, **method)
+
+
+def draws_numbers(model: nn.Module) -> bool:
+    """Whether a training pass is random: torch's dropout, timm's DropPath and PatchDropout, or its F.dropout(drop_rate).
+
+    By the names that their rates have; a module that merely has such a name costs speed, not correctness.
+    """
+    return any(getattr(mod, rate, None) for mod in model.modules() for rate in ("p", "drop_prob", "prob", "drop_rate"))
 
 
 def is_fused(o: OptimConfig) -> bool:

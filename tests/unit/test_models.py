@@ -11,9 +11,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from sam_repro.config import choices, compose_config
+from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
 from sam_repro.layers.attention import ShortAttention, short_attention, tiled_attention
 from sam_repro.models import PatchLinear, StemConv, blocked_stem, build_model
+from sam_repro.objective import gradient_step
 
 
 def build(name: str, **kwargs):
@@ -114,3 +116,26 @@ def test_short_attention_replaces_timm_s_and_keeps_its_weights():
         assert short_attention(qkv.to("meta"), 4).shape == (2, 49, 64)
         y, lse = tiled_attention(qkv.to("meta"), 4)
         assert y.shape == (2, 49, 64) and lse.shape == (2, 4, 49) and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("vit_s32", "drop_rate"),
+        ("vit_s32", "drop_path_rate"),
+        ("vit_s32", "patch_drop_rate"),
+        ("mixer_s32", "drop_path_rate"),
+        ("resnet50", "drop_rate"),
+        ("efficientnet_lite0", "drop_rate"),
+    ],
+)
+def test_both_passes_share_whatever_timm_drops(name, rate):
+    """At rho = 0 the passes are one function only where they draw the same masks, and the masks are the seed's."""
+    cfg = compose_config(["debug=tiny", f"model={name}", "optim=sam", "optim.m=4", f"+model.kwargs.{rate}=0.5"])
+    model = build_model(cfg.model, num_classes=10, image_size=64).train()
+    nn.init.normal_(model.get_classifier().weight)
+    step = gradient_step(cfg, model, Ranks(0, 1, 0, 1, torch.device("cpu")), local_batch=8, bf16=False)
+    batch = torch.randint(255, (8, 3, 64, 64), dtype=torch.uint8), torch.randint(10, (8,))
+    loss, loss_robust, *_ = step(*batch, rho=0.0, seed=3).tolist()
+    assert loss == loss_robust
+    assert step(*batch, rho=0.0, seed=3)[0] == loss != step(*batch, rho=0.0, seed=4)[0]
