@@ -148,7 +148,7 @@ def gradient_step(
 
 
 def draws_numbers(model: nn.Module) -> bool:
-    """Whether a training pass is random: torch's dropout, timm's DropPath and PatchDropout, or its F.dropout(drop_rate).
+    """Whether a training pass is random: torch's dropout, timm's DropPath and PatchDropout, or F.dropout(drop_rate).
 
     By the names that their rates have; a module that merely has such a name costs speed, not correctness.
     """

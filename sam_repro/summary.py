@@ -34,9 +34,10 @@ def lag(waits: list[float]) -> dict[str, float]:
 
 
 def curves(records: list[dict[str, Any]], most: int = 200) -> dict[str, Any]:
-    """The log thinned to at most `most` training points; all evaluations."""
+    """The log thinned to at most `most` training points, the last among them; all evaluations."""
     training = [r for r in records if "eval" not in r and "sharpness" not in r]
-    kept = training[:: max(1, -(-len(training) // most))]
+    stride = max(1, -(-len(training) // most))
+    kept = training[(len(training) - 1) % stride :: stride]
     keys = ("step", *METRICS, "lr", "rho", "step_seconds")
     evals = [{k: r[k] for k in ("step", "eval", "correct", "total")} for r in records if "eval" in r]
     measured = [{"step": r["step"], **r["sharpness"]} for r in records if "sharpness" in r]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, permutations
 from typing import Any
 
-from scipy.stats import spearmanr
+import numpy as np
+from scipy.stats import rankdata, spearmanr
 
 from sam_repro.paper.outcome import Outcome
 from sam_repro.paper.spec import Column, Table
 from sam_repro.paper.stats import LEVEL, compare, interval, log_size, magnitudes
+
+EXACT = 7  # points at most whose 5,040 orders are all counted
 
 
 def judged(table: Table, found: list[Outcome]) -> list[str]:
@@ -47,7 +52,8 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     p = "" if tested.p is None else f", p = {tested.p:.2g}"
     why = f"{better.row.method} − {than.row.method}: {at.mean:+.{digits}f}{half}{unit} (n = {tested.n}{p})."
     if column.magnitude:
-        low, mid, high = (f"{math.exp(at.mean + d):.2g}" for d in (-(at.half or 0), 0, at.half or 0))
+        logs = (at.mean + d for d in (-(at.half or 0), 0, at.half or 0))
+        low, mid, high = (f"{math.exp(log) if log < 700 else math.inf:.2g}" for log in logs)  # one size may be zero
         between = f", 95 % from {low} to {high}" if at.half is not None else ""
         why = f"{better.row.method} over {than.row.method}: a factor of {mid}{between} (n = {tested.n}{p})."
     seen = (at.mean < 0) == lower and at.mean != 0
@@ -63,9 +69,20 @@ def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, 
     for column, values in zip((one, other), zip(*known, strict=True), strict=True):
         if len(set(values)) == 1:
             return "open", f"{column.title} is the same at all {len(known)} points: there is nothing to rank."
-    tested: Any = spearmanr(*zip(*known, strict=True))
-    why = f"{one.title} and {other.title}: rank correlation {tested.statistic:.2f} over {len(known)} points "
-    return word_of(float(tested.pvalue), seen=tested.statistic > 0), f"{why}(p = {tested.pvalue:.2g})."
+    r, p = rank_correlation(*zip(*known, strict=True))
+    why = f"{one.title} and {other.title}: rank correlation {r:.2f} over {len(known)} points (p = {p:.2g})."
+    return word_of(p, seen=r > 0), why
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Spearman's r and its two-sided p: exact for few points, any perfect order of which is sure to Student's t."""
+    tested: Any = spearmanr(a, b)
+    r, p = float(tested.statistic), float(tested.pvalue)
+    if len(a) <= EXACT:
+        x, y = (rankdata(values) - (len(a) + 1) / 2 for values in (a, b))
+        products = np.array(list(permutations(y))) @ x
+        p = float(np.mean(abs(products) >= abs(x @ y) - 1e-9))
+    return r, p
 
 
 def mean(o: Outcome, column: Column) -> float | None:
@@ -78,7 +95,8 @@ def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
     """(word, evidence) on the claim that a column falls with a key of the grid, all other keys being equal.
 
     Counts pairs of points that fall. p is exact: how often independent random orders within each group of points would
-    give at least as many (Mann 1945, one-sided, doubled).
+    give at least as many (Mann 1945, one-sided, doubled). Equal values speak for neither side: a tie counts against
+    whichever tail is asked.
     """
     groups: dict[tuple, list[tuple[float, float]]] = {}
     for o in found:
@@ -89,15 +107,15 @@ def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
     pairs = [(a, b) for points in groups.values() for a, b in combinations(sorted(points), 2)]
     if not pairs:
         return "not run", ""
-    falls = sum(b[1] < a[1] for a, b in pairs)
+    falls, ties = (sum(test(b[1], a[1]) for a, b in pairs) for test in (operator.lt, operator.eq))
     random = Counter({0: 1})
     for points in groups.values():
         random = convolve(random, inversions(len(points)))
-    total = sum(random.values())
-    tails = [sum(n for k, n in random.items() if ok(k)) / total for ok in (lambda k: k >= falls, lambda k: k <= falls)]
-    p = min(1.0, 2 * min(tails))
+    at_least = sum(n for k, n in random.items() if k >= falls)
+    at_most = sum(n for k, n in random.items() if k <= falls + ties)
+    p = min(1.0, 2 * min(at_least, at_most) / sum(random.values()))
     why = f"{column.title} falls in {falls} of {len(pairs)} pairs of points that differ in nothing else (p = {p:.2g})."
-    return word_of(p, seen=2 * falls > len(pairs)), why
+    return word_of(p, seen=2 * falls + ties > len(pairs)), why
 
 
 def inversions(n: int) -> Counter[int]:

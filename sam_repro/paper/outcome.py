@@ -127,11 +127,12 @@ def value_of(row: Row, column: Column) -> float | None:
     if column.value is None:
         counts = row["evals"].get(column.name)
         return 100 * counts["correct"] / counts["total"] if counts and counts["total"] else None
-    if column.value.startswith("last."):
-        return last(row, column.value.removeprefix("last."))
     node: Any = row
-    for key in column.value.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
+    if column.value.startswith("last."):
+        node = last(row, column.value.removeprefix("last."))
+    else:
+        for key in column.value.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
     if not isinstance(node, (int, float)):
         return None
     return abs(float(node)) if column.magnitude else float(node)

@@ -11,7 +11,7 @@ from paper_rows import write_rows
 
 from sam_repro.errors import UserError
 from sam_repro.ledger import row_path
-from sam_repro.paper.claims import inversions, judged
+from sam_repro.paper.claims import inversions, judged, rank_correlation
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import parse_table
@@ -67,6 +67,19 @@ def test_magnitudes_are_compared_by_their_ratio(tmp_path: Path) -> None:
     assert "1,000 [10–100,000] (3)" in render(table, found, "md")
 
 
+def test_a_size_of_zero_is_no_crash(tmp_path: Path) -> None:
+    claim = {"better": "v/sam", "than": "v/vanilla", "lower": True}
+    columns = {"val": {"title": "|s|", "value": "step", "unit": "", "magnitude": True}}
+    table = parse_table("t", two_methods(claim) | {"columns": columns, "seeds": 2})
+    for row, sizes in zip(table.rows, ([100, 10], [0, 10]), strict=True):
+        write_rows(tmp_path, runs_of(table, row), [300, 301])
+        for run, size in zip(runs_of(table, row), sizes, strict=True):
+            path = row_path(tmp_path, run.run_id)
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert "95 % from 0 to inf (n = 2, p = 0.5)" in said
+
+
 def test_trend_within_groups(tmp_path: Path) -> None:
     grid = {"model.sam_rho": [0.1, 0.2], "model.alpha": [0.1, 0.2, 0.4]}
     row = {"id": "v/gsam", "model": "V", "method": "GSAM", "overrides": ["optim=gsam_constant"], "grid": grid}
@@ -83,12 +96,40 @@ def test_trend_within_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([360] * 5, "**open, leans against it**: falls. test falls in 0 of 10 pairs"),
+        ([360, 360, 360, 360, 300], "**open, leans to it**: falls. test falls in 4 of 10 pairs"),
+        ([300, 310, 320, 330, 340], "**contradicted**: falls. test falls in 0 of 10 pairs"),
+    ],
+)
+def test_equal_values_are_no_trend(tmp_path: Path, counts: list[int], said: str) -> None:
+    grid = {"model.alpha": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    row = {"id": "v/gsam", "model": "V", "method": "GSAM", "overrides": ["optim=gsam_constant"], "grid": grid}
+    claims = [{"text": "falls", "column": "val", "falls_with": "model.alpha"}]
+    columns = {"val": {"title": "test"}}
+    table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": claims})
+    for r, count in zip(table.rows, counts, strict=True):
+        write_rows(tmp_path, runs_of(table, r), [count])
+    (line,) = judged(table, outcomes(table, tmp_path))
+    assert line.startswith(said)
+
+
+def test_ranks_of_few_points_are_tested_exactly() -> None:
+    """A perfect order of 3 has probability 1/6, whatever Student's t says; of many points both agree."""
+    assert rank_correlation([1, 2, 3], [2, 4, 9]) == (pytest.approx(1), pytest.approx(2 / 6))
+    assert rank_correlation([1, 2, 3, 4], [9, 7, 5, 4]) == (pytest.approx(-1), pytest.approx(2 / 24))
+    assert rank_correlation([1, 1, 2], [1, 2, 2])[1] == pytest.approx(1)  # a tie each: any order is as far from none
+    assert rank_correlation(range(8), [0, 1, 2, 3, 5, 4, 7, 6])[1] == pytest.approx(0.00026, rel=0.05)
+
+
+@pytest.mark.parametrize(
     ("counts", "gaps", "said"),
     [
         (
             [100, 110, 120, 130, 140],
             [0.1, 0.3, 0.2, 0.5, 0.9],
-            "**confirmed**: alike. h and test: rank correlation 0.90 over 5 points (p = 0.037)",
+            "**open, leans to it**: alike. h and test: rank correlation 0.90 over 5 points (p = 0.083)",
         ),
         (
             [100] * 5,

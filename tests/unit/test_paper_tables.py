@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 
 from sam_repro.cli import main
 from sam_repro.ledger import write_row
+from sam_repro.optim import METRICS
 from sam_repro.paper.figures import colours_of_series, draw
 from sam_repro.paper.outcome import outcomes, value_of, winners
 from sam_repro.paper.report import Part, assemble
@@ -22,6 +23,7 @@ from sam_repro.paper.spec import Column, load_table, parse_table
 from sam_repro.paper.stats import compare, interval, verdict
 from sam_repro.paper.style import METHODS, spread
 from sam_repro.paper.tables import render
+from sam_repro.summary import curves
 
 BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
 
@@ -238,3 +240,12 @@ def test_a_column_can_drop_the_sign():
     signed = Column("l", "λ", value="sharpness.lambda_max")
     assert value_of(row, signed) == -3.5 and value_of(row, replace(signed, magnitude=True)) == 3.5
     assert value_of({"evals": {}}, replace(signed, magnitude=True)) is None
+    ends = {"curves": {"train": {"surrogate_gap": [0.5, -0.25]}}}
+    assert value_of(ends, replace(signed, value="last.surrogate_gap", magnitude=True)) == 0.25
+
+
+@pytest.mark.parametrize("n", [1, 199, 200, 202, 350, 401])
+def test_the_end_of_a_curve_survives_thinning(n: int):
+    records = [dict.fromkeys((*METRICS, "lr", "rho", "step_seconds"), 0.0) | {"step": i + 1} for i in range(n)]
+    steps = curves(records)["train"]["step"]
+    assert steps[-1] == n and len(steps) <= 200
