@@ -1,8 +1,9 @@
 """Several runs at once, several a GPU: worker processes that a thread each feeds from one queue.
 
 A worker takes one run after the other, so that imports and CUDA contexts are paid once, and shares the compile cache
-on disk with the others. A worker that dies is replaced, and its run left for the next time. Runs that start from
-another's weights, or that wait for a sweep's winner, begin when those are in the ledger.
+on disk with the others. After a run that failed it is replaced, since its CUDA context may be beyond use; so is one
+that died. Such runs are left for the next time. Runs that start from another's weights, or that wait for a sweep's
+winner, begin when those are in the ledger.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from sam_repro.paper.plan import finished
 from sam_repro.paper.runs import Run
+from sam_repro.paper.worker import STOPS
 
 GRACE = 45.0  # seconds that runs have to save when the budget is spent
 SHARING = "SAM_REPRO_SHARING"  # how many runs share this one's GPU; sam_repro.train notes it in the row
@@ -102,6 +104,7 @@ class Pool:
         self.outcomes: dict[str, str] = {}
         self.workers: dict[int, Worker] = {}
         self.stopped_by: int | None = None
+        self.leaving = False  # nothing starts any more
         self.begun = time.monotonic()
 
     def work(self) -> int:
@@ -131,15 +134,14 @@ class Pool:
         why = "the budget is spent" if spent else f"stopped by {signal.Signals(self.stopped_by or 0).name}"
         self.say(f"{why}: {len(self.at_work)} runs save and leave; the same command goes on from there")
         with self.changed:
-            self.limit = 0  # nothing starts any more
+            self.leaving = True
             self.changed.notify_all()
-            workers = list(self.workers.values())
-        for worker in workers:
+        for worker in list(self.workers.values()):
             worker.stop(signal.SIGUSR2)
         end = time.monotonic() + GRACE
         for thread in threads:
             thread.join(max(0.1, end - time.monotonic()))
-        for worker in workers:
+        for worker in list(self.workers.values()):
             worker.stop(signal.SIGKILL)
         for thread in threads:
             thread.join(5)
@@ -152,6 +154,7 @@ class Pool:
 
     def serve(self, number: int) -> None:
         """Feed one worker."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # workers inherit it; signals to the pool go to its main thread
         worker: Worker | None = None
         while (r := self.take()) is not None:
             if worker is None:
@@ -162,9 +165,14 @@ class Pool:
                     self.finish(r, {"status": "failed", "why": f"no worker could be started: {error}"})
                     continue
                 self.workers[number] = worker
+                if self.leaving:  # it began just as all others were told to go
+                    worker.stop(signal.SIGUSR2)
             answer = worker.do({"overrides": list(r.overrides), "ledger": str(self.ledger_dir or "")})
-            if answer["status"] in ("died", "stopped"):
+            if answer["status"] not in ("done", "diverged", "held"):
+                worker.close()
                 worker = None
+            if answer["status"] == "died" and self.leaving:
+                answer = {"status": "stopped", "why": f"it had not saved after {GRACE:.0f} s"}
             self.finish(r, answer)
         if worker is not None:
             worker.close()
@@ -173,7 +181,7 @@ class Pool:
         """The next run that can begin, waiting for one if need be; None when there is nothing more to do."""
         with self.changed:
             while True:
-                if self.stopped_by is not None or (self.limit is not None and len(self.started) >= self.limit):
+                if self.leaving or self.stopped_by is not None or len(self.started) == self.limit:
                     return None
                 left = [r for r in self.plan() if r.run_id not in self.started and not finished(r, self.ledger_dir)]
                 for r in left:

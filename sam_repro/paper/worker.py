@@ -1,7 +1,7 @@
 """A worker of `sam-repro run --per-gpu`: runs from stdin, one a line, in one process; an answer a line on stdout.
 
-What a run prints goes to stderr, which the pool sends to a log file. A run that fails is answered as such and the
-worker lives on; a worker that dies costs the pool its current run only.
+What a run prints goes to stderr, which the pool sends to a log file. A run that fails is answered as such; a worker
+that dies costs the pool its current run only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from sam_repro.lock import Held
 from sam_repro.signals import Interrupted
 
 KEEP = 16  # runs after which a worker forgets its compiled code
+STOPS = (signal.SIGTERM, signal.SIGUSR2)  # blocked in a new worker (pool.py) until its first run has imported torch
 
 
 def main() -> None:
     """Answer until stdin ends or a run was told to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):  # a run takes them over until it ends
+    for number in STOPS:  # a run takes them over until it ends
         signal.signal(number, leave)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -44,8 +45,9 @@ def leave(number: int, frame: Any) -> None:
 def attempt(task: dict[str, Any]) -> dict[str, str]:
     """One run, as `python train.py <overrides>` would do it: {"status": ..., "why": ...}."""
     try:
-        from sam_repro.train import main as train
+        from sam_repro.train import main as train  # an exception in here leaves modules half made
 
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         cfg = compose_config(task["overrides"])
         cfg.log.progress = "lines"
         if task["ledger"]:

@@ -13,6 +13,9 @@ import yaml
 
 from sam_repro.cli import main
 from sam_repro.ledger import read_ledger
+from sam_repro.paper import pool
+from sam_repro.paper.runs import unique_runs
+from sam_repro.paper.spec import load_table
 
 TINY = ["debug=tiny", "model=vit_s32", "train.device=cpu", "train.threads=1", "recipe.batch_size=16"]
 
@@ -71,12 +74,44 @@ def test_a_spent_budget_saves_and_the_same_command_goes_on(tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_a_failing_run_is_told_and_its_worker_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("budget", ["0.001s", "1s"])  # before there is a worker, and while it imports
+def test_a_budget_that_ends_before_a_run_has_begun(tmp_path: Path, capsys, budget: str) -> None:
+    name = table(tmp_path, "t", methods("sam"), "recipe.steps=100000")
+    assert main(["run", name, "--per-gpu", "1", "--budget", budget]) == 0
+    assert "vit_s32-sam-s0" in (said := capsys.readouterr().err) and " stopped after " in said
+    assert not list((tmp_path / "runs").glob("*/lock"))
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_save_in_time_is_ended(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "GRACE", 1.0)
+    name = table(tmp_path, "t", methods("sam"), "recipe.steps=100000")
+
+    def freeze() -> None:
+        while not (locks := list((tmp_path / "runs").glob("*/lock"))):
+            time.sleep(0.05)
+        os.kill(yaml.safe_load(locks[0].read_text())["pid"], signal.SIGSTOP)
+
+    threading.Thread(target=freeze, daemon=True).start()
+    assert main(["run", name, "--per-gpu", "1", "--budget", "40s"]) == 0
+    assert "it had not saved after 1 s" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_failing_run_is_told_and_the_next_has_a_new_worker(tmp_path: Path) -> None:
     impossible = {"id": "vit/impossible", "overrides": ["optim=sam", "optim.m=7"]}
-    name = table(tmp_path, "t", [impossible, *methods("vanilla")])
-    assert main(["run", name, "--per-gpu", "1"]) == 1
-    assert "optim.m=7 does not divide" in capsys.readouterr().err
-    assert set(rows(tmp_path)) == {"vanilla"}
+    path = table(tmp_path, "t", [impossible, *methods("vanilla", "sam")])
+    runs, workers, said = list(unique_runs([load_table(path)]).values()), [], []
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        workers.append(queue.workers[0].process.pid)
+
+    queue = pool.Pool(lambda: runs, gpus=1, per_gpu=1, ledger_dir=None, say=say)
+    assert queue.work() == 1
+    assert "failed" in said[0] and "optim.m=7 does not divide" in said[0]
+    assert workers[0] != workers[1] == workers[2]
+    assert set(rows(tmp_path)) == {"vanilla", "sam"}
 
 
 def test_workers_that_cannot_start_fail_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
