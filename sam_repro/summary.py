@@ -11,14 +11,14 @@ from sam_repro.log import clock
 from sam_repro.optim import METRICS
 
 
-def rates(interval: float, counted: int, left: int, batch: int, seconds: float, world: int) -> dict[str, float]:
+def rates(interval: float, counted: int, left: int, batch: int, hours: float) -> dict[str, float]:
     """Speed over the last interval, time left, and processor-hours so far."""
     per_step = interval / counted
     return {
         "images_per_second": batch / per_step,
         "step_seconds": per_step,
         "eta": per_step * left,
-        "hours": seconds * world / 3600,
+        "hours": hours,
     }
 
 

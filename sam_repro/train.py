@@ -109,6 +109,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
 
         # ---- resume ----------------------------------------------------------------------------------------------
         done, seconds, interval = 0, 0.0, 0.0  # interval: seconds of the steps since the last line of the log
+        sharing = most = int(os.environ.get("SAM_REPRO_SHARING", "1"))  # runs on this GPU (paper/pool.py), now; ever
+        hours = 0.0  # of processors, of shared ones this run's share
         totals, counted = torch.zeros(len(METRICS), device=ranks.device), 0
         counts = {}
         state, damaged = find_state(cfg, run_dir, ranks)
@@ -118,6 +120,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             step.load_state_dict(state["method"])
             done, seconds, totals, counted = state["step"], state["seconds"], state["totals"], state["counted"]
             interval = state.get("interval", 0.0)
+            hours, most = state.get("hours", seconds * ranks.world / 3600), max(sharing, state.get("sharing", 1))
             counts = state["counts"] if done == total else {}
         resumed_at: int = done
         log = RunLog(run_dir if ranks.main else None, cfg, run_id=name, step=done, total=total)
@@ -135,7 +138,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             average_buffers(model, ranks)
             state = {"model": model.state_dict(), "base": base.state_dict(), "method": step.state_dict()}
             state |= {"step": done, "seconds": seconds, "interval": interval, "totals": totals, "counted": counted}
-            state["counts"] = counts
+            state |= {"hours": hours, "sharing": most, "counts": counts}
             if lock is not None:
                 lock.check()
                 checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)
@@ -204,13 +207,14 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             if due or saving or measuring:
                 means = dict(zip(METRICS, (totals / counted).tolist(), strict=True))
                 now = time.perf_counter()
+                hours += (now - tick) * ranks.world / 3600 / sharing
                 seconds, interval, tick = seconds + now - tick, interval + now - tick, now
                 if not math.isfinite(means["loss"] + means["grad_norm"]):
                     status = "diverged"
             if due:
                 log.record(
                     {"step": done, "epoch": done / steps_per_epoch, **means, "lr": lr, "rho": rho}
-                    | rates(interval, counted, total - done, cfg.recipe.batch_size, seconds, ranks.world)
+                    | rates(interval, counted, total - done, cfg.recipe.batch_size, hours)
                     | lag(ranks.each(ranks.waits.take()))
                     | step.report(seconds)
                 )
@@ -242,7 +246,6 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         curvature = measure(final=True) if status == "done" else {}
 
         # ---- ledger ----------------------------------------------------------------------------------------------
-        sharing = int(os.environ.get("SAM_REPRO_SHARING", "1"))  # runs on this GPU (paper/pool.py): each has its share
         row = {
             "run_id": name,
             "status": status,
@@ -261,8 +264,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             "world": ranks.world,
             "hardware": hardware(ranks),
             "dtype": "bf16" if bf16 else "fp32",
-            "hours": seconds * ranks.world / 3600 / sharing,
-            "sharing": sharing,
+            "hours": hours,
+            "sharing": most,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **ledger.provenance(),
         }

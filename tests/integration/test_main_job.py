@@ -99,10 +99,15 @@ def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, m
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr("sam_repro.train.batches", interrupted)
+        patch.setenv("SAM_REPRO_SHARING", "4")
         main(cfg)
     state = torch.load(only(tmp_path, "runs/vit*/step-00000019.pt"))
     row = main(cfg)
-    assert 20 * row["curves"]["train"]["step_seconds"][0] > state["interval"] > 0
+    seconds = 20 * row["curves"]["train"]["step_seconds"][0]
+    assert seconds > state["interval"] > 0
+    # Its first 19 steps had a quarter of the processor, its last one all of it; none of its speeds is a lone run's.
+    assert row["hours"] == pytest.approx((state["seconds"] / 4 + seconds - state["seconds"]) / 3600)
+    assert row["sharing"] == 4
 
 
 def test_a_diverging_run_is_recorded_and_keeps_its_last_good_checkpoint(tmp_path):
