@@ -209,7 +209,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 now = time.perf_counter()
                 hours += (now - tick) * ranks.world / 3600 / sharing
                 seconds, interval, tick = seconds + now - tick, interval + now - tick, now
-                if not math.isfinite(means["loss"] + means["grad_norm"]):
+                if not math.isfinite(means["loss"] + means["grad_norm"] + means["grad_norm_robust"]):
                     status = "diverged"
             if due:
                 log.record(
@@ -221,7 +221,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 totals, counted, interval = torch.zeros_like(totals), 0, 0.0
             if status == "diverged":
                 log.say(
-                    f"the loss is not finite at step {done}: stopping; earlier checkpoints, if any, are in {run_dir}"
+                    f"loss or gradient is not finite at step {done}: stopping; earlier checkpoints, if any, are in {run_dir}"
                 )
                 break
             if evaluating:

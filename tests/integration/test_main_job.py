@@ -110,6 +110,16 @@ def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, m
     assert row["sharing"] == 4
 
 
+@pytest.mark.parametrize("optim", ["sam", "looksam", "entropy_sgd"])
+def test_a_last_step_without_a_finite_gradient_is_no_result(tmp_path, optim):
+    """The clean loss is that of the weights before the step; those after it are not numbers any more."""
+    folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
+    far = ["model.sam_rho=1e38", *(["optim.inner_lr=1e30"] if optim == "entropy_sgd" else [])]
+    row = main(compose_config([*TINY, f"optim={optim}", "recipe.steps=1", "recipe.warmup_steps=0", *far, *folders]))
+    assert row["status"] == "diverged" and row["curves"]["train"]["loss"][0] > 0
+    assert not list((tmp_path / "runs").glob("*/step-*")) and not list((tmp_path / "runs").glob("*/*.safetensors"))
+
+
 def test_a_diverging_run_is_recorded_and_keeps_its_last_good_checkpoint(tmp_path):
     wild = [*TINY, "recipe.lr=1e30", "recipe.clip=0", "recipe.steps=40", "train.save_every_steps=1"]
     wild += ["recipe.base=sgd", "optim=vanilla"]
