@@ -30,7 +30,7 @@ def use_bf16(dtype: str, device: torch.device) -> bool:
 def seed_everything(cfg: Config, ranks: Ranks) -> None:
     """Equal initial weights on all ranks; deterministic algorithms where asked for."""
     torch.manual_seed(cfg.seed)
-    np.random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     torch.use_deterministic_algorithms(cfg.train.deterministic)

@@ -147,7 +147,7 @@ class PowerIteration:
         """The loss of (images, ..., buffers, seed)."""
         *images, buffers, seed = chunk
         if not self.compiled:
-            torch.manual_seed(seed)  # the same dropout masks in every product
+            torch.manual_seed(seed % 2**63)  # the same dropout masks in every product
         copies = {name: b.clone() for name, b in buffers.items()}
         return self.objective({**leaves, **copies}, *images)  # torch 2.6 cannot compile | of dictionaries
 

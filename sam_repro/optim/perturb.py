@@ -183,7 +183,7 @@ class Random:
         """eps, of another direction at every call."""
         generator = None
         if self.seed is not None:
-            generator = torch.Generator(params[0].device).manual_seed(self.seed)
+            generator = torch.Generator(params[0].device).manual_seed(self.seed % 2**63)
         noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device) for p in params]
         return sam(params, noise, rho)
 

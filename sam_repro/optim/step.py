@@ -265,7 +265,7 @@ class GradientStep:
     def _grad(self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int) -> tuple[Tensor, Tensors]:
         """Loss and gradient at `params`; zeros for parameters that the loss does not reach."""
         if self.stochastic:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed % 2**63)
         leaves = [p.detach().requires_grad_() for p in params]
         loss = self.objective(dict(zip(self.names, leaves, strict=True)) | buffers, *batch)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)

@@ -196,3 +196,11 @@ def test_the_resolved_configuration_can_be_printed(tmp_path):
     output = train(tmp_path, "model=vit_b32", "optim=gsam", "--cfg", "job", "--resolve")
     assert "rho_max: 0.6" in output and "warmup_steps: 10000" in output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["optim=random", "optim=entropy_sgd", "optim=sam +model.kwargs.drop_rate=0.1"])
+@pytest.mark.parametrize("seed", [20260102, 2**63 - 1])  # a date, and the largest that is taken
+def test_large_seeds(tmp_path, method, seed):
+    folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
+    row = main(compose_config([*TINY, *method.split(), f"seed={seed}", "recipe.steps=2", *folders]))
+    assert row["status"] == "done" and row["seed"] == seed
