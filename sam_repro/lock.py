@@ -85,7 +85,10 @@ class RunLock:
 
     def refuse(self, holder: str) -> None:
         """Somebody else works here."""
-        raise Held(f"another process is at work in {self.path.parent} ({holder}); if it is not, remove {self.path}")
+        known = fields(holder)
+        job = f", job {known['job']}" if known.get("job") else ""
+        who = f" (process {known['pid']} on {known.get('host')}{job})" if "pid" in known else ""
+        raise Held(f"another process is at work in {self.path.parent}{who}; if it is not, remove {self.path}")
 
     def beat(self) -> None:
         """Touch the file until released."""

@@ -49,7 +49,8 @@ def curves(records: list[dict[str, Any]], most: int = 200) -> dict[str, Any]:
 def report(row: Row, path: Path) -> str:
     """The last line a person reads."""
     scores = ", ".join(f"{s} {100 * c['correct'] / c['total']:.2f} %" for s, c in row["evals"].items())
-    return f"{row['run_id']} {row['status']}: {scores or 'no evaluation'} after {clock(3600 * row['hours'])}; {path}"
+    spent = f"{clock(3600 * row['hours'])} of processor time"  # of all ranks together, start-up not counted
+    return f"{row['run_id']} {row['status']}: {scores or 'no evaluation'}, {spent}; {path}"
 
 
 def sharpness_of(row: Row) -> list[str]:

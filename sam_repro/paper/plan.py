@@ -2,6 +2,7 @@
 
   sam-repro plan table1                                # every run
   sam-repro plan table1 table5 --missing > plan.tsv    # what the ledger lacks; shared runs once
+  sam-repro plan table1 'data.eval_sets=[v1,real,v2,r,c]' data.eval_root=/data/testsets    # in every line
 
 Line N is `python train.py <overrides>`, so that a SLURM array of `wc -l < plan.tsv` tasks trains the table.
 """
@@ -13,6 +14,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
+from sam_repro.errors import UserError
 from sam_repro.ledger import row_path
 from sam_repro.paper.runs import Run, unique_runs
 from sam_repro.paper.spec import load_table
@@ -20,7 +22,12 @@ from sam_repro.paper.spec import load_table
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="table | key=value",
+        help="tables (names in results/paper/, or paths to .yaml), and overrides laid over every row's own",
+    )
     parser.add_argument("--missing", action="store_true", help="leave out the runs that the ledger has")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
@@ -46,7 +53,11 @@ def positive_number(text: str) -> float:
 
 def run(args: Namespace) -> None:
     """Print the plan on stdout and how many lines it has on stderr."""
-    runs = unique_runs([load_table(name) for name in args.tables], seeds=args.seeds).values()
+    extra = [word for word in args.words if "=" in word]
+    tables = [load_table(word) for word in args.words if "=" not in word]
+    if not tables:
+        raise UserError("name a table; `sam-repro status` lists them")
+    runs = unique_runs(tables, seeds=args.seeds, extra=extra).values()
     shown = [r for r in runs if not (args.missing and finished(r, args.ledger))]
     for r in shown:
         print(f"{r.run_id}\t{shlex.join(r.overrides)}")

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from sam_repro.config import Config, choices, compose_config, nearest, run_id
 from sam_repro.errors import UserError
 from sam_repro.paper.spec import Table, TableRow, load_table
@@ -129,6 +131,8 @@ def unique_runs(
     The first seed of every row comes before the second of any, so that an interrupted plan is evenly filled.
     """
     extra = tuple(extra)
-    rows = [runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger) for table in tables for row in table.rows]
+    wanted_rows = [(table, row) for table in tables for row in table.rows]
+    bar = tqdm(wanted_rows, desc="rows", leave=False, disable=None, delay=1)  # composing hundreds takes a minute
+    rows = [runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger) for table, row in bar]
     in_turn = [run for turn in itertools.zip_longest(*rows) for run in turn if run is not None]
     return {run.run_id: run for wanted in in_turn for run in (wanted.after, wanted) if run is not None}

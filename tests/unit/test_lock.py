@@ -31,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_held_and_released(tmp_path):
     lock = RunLock(tmp_path)
     assert is_held(tmp_path)
-    with pytest.raises(Held, match="another process is at work"):
+    with pytest.raises(Held, match=rf"another process is at work in \S+ \(process {os.getpid()} on [^{{}}]+\); if"):
         RunLock(tmp_path)
     lock.release()
     assert not is_held(tmp_path) and not list(tmp_path.iterdir())

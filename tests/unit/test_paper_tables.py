@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from paper_rows import fake_row, write_rows
 from scipy import stats as scipy_stats
 
 from sam_repro.cli import main
+from sam_repro.config import compose_config
+from sam_repro.config import run_id as run_name
 from sam_repro.ledger import write_row
 from sam_repro.optim import METRICS
 from sam_repro.paper.figures import colours_of_series, draw
@@ -167,6 +170,17 @@ def test_missing_runs_are_planned(ledger: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", "demo", "--missing", "--ledger", str(ledger)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split("\t")[1] == "experiment=demo optim=gsam seed=1"
+
+
+def test_words_are_laid_over_every_line_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "data.eval_sets=[v1,real]", "data.root=/data/${data.name}"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 9
+    for run_id, words in lines:
+        config = compose_config(shlex.split(words))
+        assert config.data.eval_sets == ["v1", "real"] and config.data.root == "/data/digits"
+        assert run_name(config) == run_id
+    assert main(["plan", "data.root=/data"]) == 2
 
 
 def test_figures_are_written_and_the_same_each_time(ledger: Path, tmp_path: Path) -> None:
