@@ -220,7 +220,9 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 )
                 totals, counted, interval = torch.zeros_like(totals), 0, 0.0
             if status == "diverged":
-                log.say(f"loss or gradient is not finite at step {done}: stopping; older checkpoints are in {run_dir}")
+                log.say(
+                    f"loss or gradient not finite at step {done}: stopping; older checkpoints, if any, are in {run_dir}"
+                )
                 break
             if evaluating:
                 counts = evaluate()
