@@ -42,6 +42,13 @@ def seed_everything(cfg: Config, ranks: Ranks) -> None:
 def open_run(cfg: Config, run_dir: Path) -> RunLock:
     """Make the run directory, take its lock, and leave the resolved configuration in it."""
     try:
+        rows = Path(cfg.log.ledger_dir)  # needed in days, but it costs nothing to know now
+        rows.mkdir(parents=True, exist_ok=True)
+        if not os.access(rows, os.W_OK):
+            raise UserError(f"cannot write in log.ledger_dir={rows}")
+    except OSError as error:
+        raise UserError(f"cannot write in log.ledger_dir={cfg.log.ledger_dir}: {error}") from error
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run_dir)
         failure.clear(run_dir)

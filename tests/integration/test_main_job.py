@@ -162,6 +162,12 @@ def test_missing_data_root(tmp_path):
         assert "error: " in output and "Traceback" not in output
 
 
+def test_a_ledger_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    output = train(tmp_path, *TINY, f"log.ledger_dir={tmp_path}/file/ledger", code=2)
+    assert "error: cannot write in log.ledger_dir=" in output and "[1/" not in output and "Traceback" not in output
+
+
 def test_batch_must_divide_over_the_processes(tmp_path):
     env = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     from sam_repro.setup import split_batch
