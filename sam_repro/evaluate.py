@@ -57,9 +57,17 @@ def count_set(logits_of: Logits, eval_set: EvalSet, ranks: Ranks, *, progress: b
 
 
 def evaluate_sets(
-    logits_of: Logits, data: DataConfig, names: list[str], ranks: Ranks, *, progress: bool = False
+    logits_of: Logits,
+    data: DataConfig,
+    names: list[str],
+    ranks: Ranks,
+    *,
+    progress: bool = False,
+    before: Callable[[str], object] = lambda part: None,
 ) -> dict[str, dict[str, Any]]:
     """{set: {"correct", "total"}} for the named sets of data/evalsets.py; c has its details besides.
+
+    `before` is called with the name of each set, or part of c, on all ranks.
 
     Raises:
         UserError: for a name that does not exist, or images that are missing.
@@ -68,7 +76,10 @@ def evaluate_sets(
     require(data, names)
     counts = {}
     for name in names:
-        of_parts = {p: count_set(logits_of, open_set(data, p), ranks, progress=progress) for p in parts(name)}
+        of_parts = {}
+        for part in parts(name):
+            before(part)
+            of_parts[part] = count_set(logits_of, open_set(data, part), ranks, progress=progress)
         counts[name] = summary_of_c(of_parts) if name == "c" else of_parts[name]
     return counts
 

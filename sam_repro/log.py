@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sam_repro.tracking import start_tracking
 
 Record = dict[str, Any]
 
+SILENCE = 30  # seconds after which a line says that something long goes on
 SLOW = 0.1  # of a step's time: a rank for which the others wait longer is named on the console
 
 
@@ -44,6 +46,7 @@ class RunLog:
         bar = cfg.log.progress == "bar" or (cfg.log.progress == "auto" and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=step, desc=run_id, unit="step", disable=not bar, dynamic_ncols=True)
         self.lines = not bar
+        self.said = time.monotonic()
         self.tracker = start_tracking(run_dir, cfg, run_id)
 
     def step(self) -> None:
@@ -55,6 +58,16 @@ class RunLog:
         """A sentence for the person watching."""
         if self.run_dir is not None:
             tqdm.write(sentence, file=sys.stderr)
+            self.said = time.monotonic()
+
+    def wait(self, doing: str) -> None:
+        """Something long goes on: said beside the bar, or on a line now and then."""
+        if self.run_dir is None:
+            return
+        if not self.lines:
+            self.bar.set_postfix_str(doing)
+        elif time.monotonic() - self.said > SILENCE:
+            self.say(doing)
 
     def record(self, record: Record) -> None:
         """Append a record; non-finite numbers become null, which JSON has no word for otherwise.

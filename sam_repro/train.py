@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -143,6 +143,19 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 lock.check()
                 checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)
 
+        def leave(number: int) -> NoReturn:
+            """Told to stop by a signal, and saved."""
+            log.say(f"stopped at step {done} of {total} and saved; the same command goes on from there")
+            log.close()
+            ranks.finish()
+            raise Interrupted(128 + number)
+
+        def pause(doing: str) -> None:
+            """After training, where all is saved: leave if told to, else show what goes on."""
+            if number := int(ranks.max(stop.received or 0)):
+                leave(number)
+            log.wait(doing)
+
         def evaluate() -> dict[str, dict[str, int]]:
             """Exact counts on every evaluation split."""
             average_buffers(model, ranks)
@@ -160,7 +173,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 return {}
             if final:
                 log.say(f"measuring the sharpness on {cfg.sharpness.images} images; the weights are saved")
-            found = monitor(done, rho_of(cfg, lr_schedule(max(done - 1, 0))), final=final)
+            after = (lambda products: pause(f"{products} products with the Hessian")) if final else None
+            found = monitor(done, rho_of(cfg, lr_schedule(max(done - 1, 0))), final=final, after=after)
             if "problem" in found:
                 log.say(found["problem"])
             else:
@@ -234,15 +248,12 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 save(first["correct"] / first["total"] if first else None)
                 saved_at = tick = time.perf_counter()
             if stopping and done < total:
-                log.say(f"stopped at step {done} of {total} and saved; the same command goes on from there")
-                log.close()
-                ranks.finish()
-                raise Interrupted(128 + stopping)
+                leave(stopping)
 
         # ---- test sets -------------------------------------------------------------------------------------------
         if status == "done" and test_sets:
             forward = forward_of(cfg, model.eval(), ranks.device, bf16=bf16)
-            counts |= evaluate_sets(lambda x: forward({}, x), cfg.data, test_sets, ranks)
+            counts |= evaluate_sets(lambda x: forward({}, x), cfg.data, test_sets, ranks, before=pause)
         curvature = measure(final=True) if status == "done" else {}
 
         # ---- ledger ----------------------------------------------------------------------------------------------

@@ -91,6 +91,6 @@ def compare(worse: dict[int, float], better: dict[int, float]) -> Comparison | N
     if n == 1:
         return Comparison(mean, None, 1)
     error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    if error == 0:  # all differences equal: the test statistic is infinite, or undefined where they are zero
-        return Comparison(mean, 1.0 if mean == 0 else 0.0, n)
+    if error <= 1e-9 * abs(mean):  # all equal, as small test sets make them: no spread to go by, only signs
+        return Comparison(mean, 1.0 if mean == 0 else 0.5 ** (n - 1), n)
     return Comparison(mean, 2 * float(stdtr(n - 1, -abs(mean / error))), n)

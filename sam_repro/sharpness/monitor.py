@@ -55,8 +55,12 @@ class Monitor:
         every, o = self.cfg.sharpness.every, self.cfg.optim
         return every > 0 and (done % every == 0 or (o.perturb == "eigen" and done > every and done % every == o.k))
 
-    def __call__(self, done: int, rho: float, *, final: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, done: int, rho: float, *, final: bool = False, after: Callable[[int], object] | None = None
+    ) -> dict[str, Any]:
         """One measurement; where there is none, {"problem": a sentence}.
+
+        `after` is called after each product with the Hessian, with their number so far, on all ranks.
 
         Raises:
             UserError: where one of several ranks has no memory or unreadable data.
@@ -65,7 +69,7 @@ class Monitor:
         average_buffers(self.model, self.ranks)
         try:
             with in_mode(self.model, training=False):
-                found = self._measure(done, rho, final=final)
+                found = self._measure(done, rho, final=final, after=after)
         except (RuntimeError, UserError) as error:
             if not isinstance(error, UserError) and not no_memory(error):
                 raise
@@ -82,12 +86,14 @@ class Monitor:
             return {"problem": "sharpness was not measured: the loss overflows around these weights"}
         return found | {"seconds": time.perf_counter() - start}
 
-    def _measure(self, done: int, rho: float, *, final: bool) -> dict[str, Any]:
+    def _measure(self, done: int, rho: float, *, final: bool, after: Callable[[int], object] | None) -> dict[str, Any]:
         wanted = self.cfg.sharpness
         if self.batches is None:
             batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
             self.batches = fitting(batches, self._try) if self.ranks.device.type == "cuda" else batches
         hessian = loss_hessian(self.cfg, self.model, self.batches, self.ranks)
+        if after is not None:
+            hessian.after = lambda: after(hessian.products)
         pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
         v = pair.vectors[0]
         found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
@@ -119,7 +125,7 @@ class Monitor:
         return [age, alignment(old, v), float(torch.dot(old, hessian(old))) / value if value else 0.0]
 
     def _alignment(self, hessian: Hessian, v: Tensor, rho: float) -> float:
-        """Mean over groups of m images of |cos(eps, v)|: SAM's eps where the method has none."""
+        """Mean over groups of m images, by their sizes, of |cos(eps, v)|: SAM's eps where the method has none."""
         assert self.batches is not None
         perturb: Any = self.step.perturb or sam
         total = torch.zeros(2, dtype=torch.float64)
@@ -131,9 +137,9 @@ class Monitor:
                 perturb.reseed(i)
             weights = list(hessian.params.values())
             eps = getattr(perturb, "look", perturb)(weights, hessian.unflatten(g), rho)
-            total += torch.tensor([alignment(eps, v), 1.0])
-        cosine, groups = self.ranks.sum_(total.to(self.ranks.device)).tolist()
-        return cosine / groups
+            total += len(group[0]) * torch.tensor([alignment(eps, v), 1.0])
+        cosine, images = self.ranks.sum_(total.to(self.ranks.device)).tolist()
+        return cosine / images
 
     def _count(self) -> int:
         """Images on all ranks."""

@@ -87,6 +87,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     process.process.kill()
 
 
+def test_a_signal_while_the_final_sharpness_is_measured_is_heard(tmp_path):
+    words = ("recipe.steps=6", "train.eval_every_epochs=0", "sharpness.images=64", "sharpness.batch=2")
+    process = Attempt(tmp_path, *words)
+    process.reach("measuring the sharpness")
+    process.send(signal.SIGUSR2)
+    assert process.end() == 128 + signal.SIGUSR2, process.output
+    assert "stopped at step 6 of 6" in process.output and not list(tmp_path.glob("ledger/*"))
+    process = Attempt(tmp_path, *words)
+    assert process.end() == 0, process.output
+    assert row_of(tmp_path)["sharpness"]["images"] == 64
+
+
 def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, monkeypatch):
     folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
     cfg = compose_config([*TINY, "recipe.steps=20", "train.log_every=20", *folders])

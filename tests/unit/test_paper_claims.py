@@ -31,9 +31,10 @@ def two_methods(claim: dict) -> dict:
 @pytest.mark.parametrize(
     ("sam", "claim", "word"),
     [
-        ([320, 321, 322], {}, "**confirmed**"),
-        ([280, 281, 282], {}, "**contradicted**"),
-        ([280, 281, 282], {"lower": True}, "**confirmed**"),
+        ([320, 321, 323], {}, "**confirmed**"),
+        ([280, 281, 281], {}, "**contradicted**"),
+        ([280, 281, 281], {"lower": True}, "**confirmed**"),
+        ([310, 311, 312], {}, "**open, leans to it**"),  # equal differences: only signs
         ([330, 301, 302], {}, "**open, leans to it**"),
         ([270, 299, 298], {}, "**open, leans against it**"),
         ([320], {}, "**open, leans to it**"),
@@ -47,7 +48,7 @@ def test_contrast(tmp_path: Path, sam: list[int], claim: dict, word: str) -> Non
     (said,) = judged(table, outcomes(table, tmp_path))
     assert said.startswith(f"{word}: SAM wins.")
     if len(sam) == 3 and sam[0] == 320:
-        assert "SAM − VANILLA: +5.56 ± 0.00 points (n = 3, p = 0)" in said
+        assert "SAM − VANILLA: +5.65 ± 0.40 points (n = 3, p = 0.00027)" in said
 
 
 def test_magnitudes_are_compared_by_their_ratio(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_equal_methods_are_not_significant() -> None:
     up, down = {0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.001}
     assert compare(up, down).words == "significant" and compare(down, up).words == "significant, the other way round"
     assert compare({0: 1.0}, {0: 2.0}).words == "not testable with one seed"
+    assert compare({0: 0.1, 1: 0.3, 2: 0.7}, {0: 0.2, 1: 0.4, 2: 0.8}).p == 0.25  # equal but for rounding
     assert compare({0: 1.0}, {1: 2.0}) is None
 
 
