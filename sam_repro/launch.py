@@ -31,9 +31,11 @@ def cli() -> None:
     OmegaConf.register_new_resolver("choices", all_choices, replace=True)  # of the help in configs/config.yaml
     statuses: list[str] = []
     refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
+    trained = False  # before that all ranks refuse the same words: one says why
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def run(cfg: DictConfig) -> None:
+        nonlocal trained
         if refused:  # a multirun ends at its first error
             return
         task = list(HydraConfig.get().overrides.task)
@@ -41,11 +43,17 @@ def cli() -> None:
         try:
             config = typed(cfg)
             validate(config)
+            trained = True
             from sam_repro.train import main  # torch and timm take seconds: not before the words are known to be right
 
             statuses.append(main(config, task, born=born)["status"])
         except (UserError, RankLost) as error:
             refused.append(error)
+
+    def say(sentence: str) -> None:
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if trained or rank == "0":
+            print(sentence, file=sys.stderr)
 
     try:
         refuse_base_files(typed_overrides())
@@ -56,10 +64,10 @@ def cli() -> None:
         ignore_signals()
         raise
     except (UserError, RankLost) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(failure.exit_code(error))
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, typed_overrides())}", file=sys.stderr)
+        say(f"error: {explain(error, typed_overrides())}")
         sys.exit(2)
     except OSError as error:
         if not failure.is_about_files(error):

@@ -156,7 +156,8 @@ class Hessian:
     def _arithmetic(self) -> Iterator[None]:
         """Exact; and a compiled backward pass that may be called again, which must not recycle what it was given."""
         again = functorch_config.patch(donated_buffer=False) if self.compiled else nullcontext()
-        with exact_arithmetic(self.device, tf32=self.tf32), again:
+        with exact_arithmetic(self.device, tf32=self.tf32), again, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")  # torch's forward mode uses it itself
             yield
 
     def _loss(self, leaves: Sequence[Tensor], batch: Batch) -> Tensor:

@@ -201,3 +201,9 @@ def test_another_number_of_processes_after_every_checkpoint(tmp_path):
     a, b = (load_file(only(w, "runs/tiny/vit*/model.safetensors")) for w in (alone, changing))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_one_rank_says_what_is_wrong_with_the_words_of_all(tmp_path):
+    both = [Attempt(tmp_path, "recipe.momentum=7", RANK=str(rank)) for rank in range(2)]
+    assert [a.end() for a in both] == [2, 2]
+    assert "error: recipe.momentum=7" in both[0].output and not both[1].output
