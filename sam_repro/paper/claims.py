@@ -42,8 +42,10 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     if column.magnitude:  # by their ratio
         ours, theirs = ({s: log_size(v) for s, v in x.items()} for x in (ours, theirs))
     tested = compare(theirs, ours)
+    diverged = sum(row["status"] == "diverged" for outcome in (better, than) for row in outcome.ledger)
+    without = f"Runs that diverged, left out: {diverged}." if diverged else ""
     if tested is None:
-        return "not run", ""
+        return "not run", without
     shared = sorted(ours.keys() & theirs.keys())
     at = interval([ours[s] - theirs[s] for s in shared])
     unit = " points" if column.unit == "%" else f" {column.unit}" if column.unit else ""
@@ -57,7 +59,7 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
         between = f", 95 % from {low} to {high}" if at.half is not None else ""
         why = f"{better.row.method} over {than.row.method}: a factor of {mid}{between} (n = {tested.n}{p})."
     seen = (at.mean < 0) == lower and at.mean != 0
-    return word_of(tested.p, seen=seen), why
+    return word_of(tested.p, seen=seen), f"{why} {without}".rstrip()
 
 
 def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, str]:

@@ -51,6 +51,15 @@ def test_contrast(tmp_path: Path, sam: list[int], claim: dict, word: str) -> Non
         assert "SAM − VANILLA: +5.65 ± 0.40 points (n = 3, p = 0.00027)" in said
 
 
+def test_a_contrast_says_which_seeds_it_lacks(tmp_path: Path) -> None:
+    table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
+    write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
+    write_rows(tmp_path, runs_of(table, table.rows[1])[:2], [320, 322])
+    write_rows(tmp_path, runs_of(table, table.rows[1])[2:], [36], status="diverged")
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert "(n = 2," in said and said.endswith("Runs that diverged, left out: 1.")
+
+
 def test_magnitudes_are_compared_by_their_ratio(tmp_path: Path) -> None:
     claim = {"better": "v/sam", "than": "v/vanilla", "lower": True}
     columns = {"val": {"title": "|s|", "value": "step", "unit": "", "magnitude": True}}
