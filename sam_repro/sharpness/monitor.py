@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,8 @@ class Monitor:
             self.batches = fitting(batches, self._try) if self.ranks.device.type == "cuda" else batches
         hessian = loss_hessian(self.cfg, self.model, self.batches, self.ranks)
         if after is not None:
-            hessian.after = lambda: after(hessian.products)
+            counted = weakref.proxy(hessian)  # not a cycle, which would keep its memory
+            hessian.after = lambda: after(counted.products)
         pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
         v = pair.vectors[0]
         found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
