@@ -8,12 +8,13 @@ import signal
 
 import pytest
 import torch
-from commands import TINY, only, row_of, start, train
-from faulty import Attempt
+from commands import TINY, only, row_of, train
+from faulty import Attempt, attempt
 from safetensors.torch import load_file
 
 from sam_repro import ledger
 from sam_repro.config import choices, compose_config
+from sam_repro.errors import UserError
 from sam_repro.log import RunLog, read_log
 from sam_repro.signals import Interrupted
 from sam_repro.train import batches, main
@@ -88,7 +89,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
 
 
 def test_a_signal_while_the_final_sharpness_is_measured_is_heard(tmp_path):
-    words = ("recipe.steps=6", "train.eval_every_epochs=0", "sharpness.images=64", "sharpness.batch=2")
+    words = ("recipe.steps=6", "train.eval_every_epochs=0", "sharpness.images=32", "sharpness.batch=4")
     process = Attempt(tmp_path, *words)
     process.reach("measuring the sharpness")
     process.send(signal.SIGUSR2)
@@ -96,7 +97,7 @@ def test_a_signal_while_the_final_sharpness_is_measured_is_heard(tmp_path):
     assert "stopped at step 6 of 6" in process.output and not list(tmp_path.glob("ledger/*"))
     process = Attempt(tmp_path, *words)
     assert process.end() == 0, process.output
-    assert row_of(tmp_path)["sharpness"]["images"] == 64
+    assert row_of(tmp_path)["sharpness"]["images"] == 32
 
 
 def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, monkeypatch):
@@ -161,23 +162,24 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_bad_input_is_one_sentence(argument, tmp_path):
-    output = train(tmp_path, *TINY, argument, code=2)
-    assert BAD[argument] in output and "Traceback" not in output
+    code, output = attempt(tmp_path, argument)
+    assert code == 2 and BAD[argument] in output and "Traceback" not in output
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert not list(tmp_path.glob("runs/tiny/ledger/*")), error
 
 
 def test_missing_data_root(tmp_path):
     arguments = ["model=vit_s32", "optim=gsam", "train.device=cpu"]
-    for root in ([], ["data.root=nowhere"]):
-        output = train(tmp_path, *arguments, *root, code=2)
-        assert "error: " in output and "Traceback" not in output
+    assert "error: " in train(tmp_path, *arguments, code=2)
+    with pytest.raises(UserError, match="nowhere"):
+        main(compose_config([*arguments, f"data.root={tmp_path}/nowhere", f"log.runs_dir={tmp_path}"]))
 
 
 def test_a_ledger_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
-    output = train(tmp_path, *TINY, f"log.ledger_dir={tmp_path}/file/ledger", code=2)
-    assert "error: cannot write in log.ledger_dir=" in output and "[1/" not in output and "Traceback" not in output
+    code, output = attempt(tmp_path, f"log.ledger_dir={tmp_path}/file/ledger")
+    assert code == 2 and "error: cannot write in log.ledger_dir=" in output
+    assert "[1/" not in output and "Traceback" not in output
 
 
 def test_batch_must_divide_over_the_processes(tmp_path):
@@ -190,16 +192,12 @@ def test_batch_must_divide_over_the_processes(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    longer = [*TINY, "recipe.steps=4000"]
-    process = start(tmp_path, *longer)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[2/4000]"):
-            break
-    output = train(tmp_path, *longer, code=2)
-    process.kill()
-    process.wait()
-    assert "another process is at work" in output
+    longer = ("recipe.steps=4000", "train.save_every_steps=0", "train.log_every=1")
+    first = Attempt(tmp_path, *longer)
+    first.reach("[2/4000]")
+    code, output = attempt(tmp_path / "elsewhere", *longer, f"log.runs_dir={tmp_path}/runs/tiny")
+    first.process.kill()
+    assert code == 2 and "another process is at work" in output
     assert not only(tmp_path, "runs/tiny/vit*").joinpath("model.safetensors").exists()
 
 
