@@ -22,11 +22,11 @@ import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from clock import seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -86,17 +86,6 @@ class Run:
     def estimate(self) -> None:
         assert isinstance(self.engine.before, PowerIteration)
         self.engine.before.renew(self.images, self.labels)
-
-
-def seconds(call: Callable[[], None], times: int = 1) -> float:
-    """Mean seconds of a call."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    wait()
-    return (time.perf_counter() - start) / times
 
 
 def bench_model(name: str, args: argparse.Namespace, row: dict, save: Callable[[], None]) -> None:

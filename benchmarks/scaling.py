@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,16 +57,11 @@ def timed(run: Callable[[], object], steps: int, device: Any, group: Any) -> flo
     """Seconds of one call: the mean of `steps`, begun together by the ranks of `group` (None: this one alone)."""
     import torch
     import torch.distributed as dist
+    from clock import seconds
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if group is not None:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    wait()
-    start = time.perf_counter()
-    for _ in range(steps):
-        run()
-    wait()
-    return (time.perf_counter() - start) / steps
+    return seconds(run, steps)
 
 
 def slowest(times: list[float], device: Any, group: Any) -> float:

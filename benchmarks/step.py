@@ -1,6 +1,7 @@
 """What a sharpness-aware step costs, beside its floor and its peers, in one run on one GPU.
 
     python benchmarks/step.py --models vit_b32 resnet50 --output results/benchmarks/h100-step.json
+    python benchmarks/step.py --device cpu --models vit_digits --size 32 --batch 64 --m 64 16     # fp32, not compiled
 
 Synthetic uint8 images resident on the GPU, the model's own recipe, bf16, compiled. The parties run one after the other,
 since a GPU does not hold the captured memory of all; each is warmed up and measured for `--rounds` rounds of `--steps`
@@ -16,20 +17,24 @@ machine drifted. Parties:
     gsam-m<M>   this project's engine, groups of M images
     sam-m<M>    likewise, SAM
     davda54, juntang   the peers' optimizers in their own recipe, if --peers names a folder with sam.py and gsam/
+    pytorch_optimizer  its SAM likewise, if it is installed
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from clock import seconds
 from timm.layers.attention import Attention
 from torch import nn
 
@@ -44,6 +49,7 @@ from sam_repro.models import PatchLinear, StemConv, build_model
 from sam_repro.objective import gradient_step, loss_of
 from sam_repro.optim import build_base, decay_groups
 from sam_repro.optim.grouped import GroupedLayerNorm, GroupedLinear
+from sam_repro.setup import hardware
 
 Party = Callable[[], None]
 
@@ -60,6 +66,8 @@ OURS |= {GroupedLinear: nn.Linear, GroupedLayerNorm: nn.LayerNorm}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_b32", "resnet50", "vit_b16", "mixer_b16"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--size", type=int, default=224, help="side of an image")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--m", nargs="+", type=int, default=[512, 64])
     parser.add_argument("--groups", default="auto", help="optim.groups of the m < batch parties")
@@ -74,21 +82,22 @@ def arguments() -> argparse.Namespace:
 
 
 class Bench:
-    """One model on one GPU and everything that the parties share."""
+    """One model on one device and everything that the parties share."""
 
-    def __init__(self, name: str, batch: int):
-        self.name, self.batch, self.device = name, batch, torch.device("cuda")
-        self.images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=self.device)
+    def __init__(self, name: str, batch: int, size: int, device: str):
+        self.name, self.batch, self.size, self.device = name, batch, size, torch.device(device)
+        self.gpu = device == "cuda"
+        self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
         self.labels = torch.randint(0, 1000, (batch,), device=self.device)
         self.ranks = Ranks(0, 1, 0, 1, self.device)
 
     def config(self, *overrides: str) -> Config:
-        fixed = [f"recipe.batch_size={self.batch}", "train.device=cuda", "train.dtype=bf16"]
+        fixed = [f"recipe.batch_size={self.batch}", f"train.device={self.device}", "train.dtype=auto"]
         return compose_config([f"model={self.name}", *fixed, *overrides])
 
     def model(self, cfg: Config) -> torch.nn.Module:
         torch.manual_seed(0)
-        model = build_model(cfg.model, num_classes=1000, image_size=224, loss=cfg.recipe.loss).to(self.device)
+        model = build_model(cfg.model, num_classes=1000, image_size=self.size, loss=cfg.recipe.loss).to(self.device)
         return model.to(memory_format=torch.channels_last) if cfg.model.family == "resnet" else model
 
     def base(self, cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -119,21 +128,21 @@ class Bench:
         loss = loss_of(cfg)
         layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
 
-        @torch.compile(dynamic=False)
         def forward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.gpu):
                 x = (images.float() / 127.5 - 1).contiguous(memory_format=layout)
                 z = model(x)
             return loss(z.float(), labels)
 
-        return lambda: forward(self.images, self.labels)
+        compiled = torch.compile(forward, dynamic=False) if self.gpu else forward
+        return lambda: compiled(self.images, self.labels)
 
     def engine(self, *overrides: str, passes: int = 1) -> Party:
         """This project's engine; `passes` > 1 repeats the gradient before the one base-optimizer step."""
         cfg = self.config(*overrides)
         model = self.model(cfg)
         base = self.base(cfg, model)
-        step = gradient_step(cfg, model, self.ranks, local_batch=self.batch, bf16=True)
+        step = gradient_step(cfg, model, self.ranks, local_batch=self.batch, bf16=self.gpu)
 
         def run() -> None:
             for _ in range(passes):
@@ -145,10 +154,19 @@ class Bench:
     def davda54(self) -> Party:
         from sam import SAM  # pyright: ignore[reportMissingImports]
 
+        return self.two_steps(SAM)
+
+    def pytorch_optimizer(self) -> Party:
+        from pytorch_optimizer import SAM  # pyright: ignore[reportMissingImports]
+
+        return self.two_steps(SAM)
+
+    def two_steps(self, sam: Callable[..., Any]) -> Party:
+        """The loop of davda54's README, which others took over with its two methods."""
         cfg = self.config("optim=sam")
         model = self.model(cfg)
         kind = torch.optim.AdamW if cfg.recipe.base == "adamw" else torch.optim.SGD
-        optimizer = SAM(model.parameters(), kind, rho=0.1, lr=1e-4, fused=True)
+        optimizer = sam(model.parameters(), kind, rho=0.1, lr=1e-4, fused=True)
         loss = self.plain_loss(cfg, model)
 
         def step() -> None:
@@ -169,11 +187,11 @@ class Bench:
         rho = ProportionScheduler(lr, max_lr=1e-4, min_lr=0.0, max_value=0.1, min_value=0.0)
         optimizer = GSAM(model.parameters(), base_optimizer=base, model=model, gsam_alpha=0.4, rho_scheduler=rho)
         layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
-        compiled = torch.compile(model, dynamic=False)
+        compiled = torch.compile(model, dynamic=False) if self.gpu else model
         loss = loss_of(cfg)
 
         def logits(images: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.gpu):
                 return compiled((images.float() / 127.5 - 1).contiguous(memory_format=layout)).float()
 
         def step() -> None:
@@ -190,24 +208,10 @@ class Bench:
         return step
 
 
-def measure(party: Party, rounds: int, steps: int) -> list[float]:
-    """Mean seconds a step, for each round."""
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            party()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / steps)
-    return times
-
-
 def matmul_ceiling() -> float:
     """TFLOP/s of an 8192^3 bf16 product on random data: what the chip can do."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = statistics.median(measure(lambda: torch.mm(a, b), 5, 20))
-    return 2 * 8192**3 / seconds / 1e12
+    return 2 * 8192**3 / statistics.median(seconds(lambda: torch.mm(a, b), 20) for _ in range(5)) / 1e12
 
 
 def forward_gflop(bench: Bench) -> float:
@@ -215,15 +219,15 @@ def forward_gflop(bench: Bench) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = build_model(bench.config().model, num_classes=1000, image_size=224)
+        model = build_model(bench.config().model, num_classes=1000, image_size=bench.size)
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, 224, 224))
+            model(torch.empty(1, 3, bench.size, bench.size))
     return counter.get_total_flops() / 1e9
 
 
 def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Callable[[list[dict]], None]) -> list[dict]:
-    """Every party of one model; rows of the JSON, saved after each."""
-    bench = Bench(name, args.batch)
+    """Every party of one model; rows of the JSON, saved after each. `ceiling`: TFLOP/s, 0 where it is not known."""
+    bench = Bench(name, args.batch, args.size, args.device)
     makers: dict[str, Callable[[], Party]] = {
         "timm": lambda: bench.plain(1, timm=True),
         "vanilla": lambda: bench.plain(1),
@@ -239,25 +243,26 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
     if args.peers:
         sys.path.insert(0, str(args.peers))
         makers |= {"davda54": bench.davda54, "juntang": bench.juntang}
+    if importlib.util.find_spec("pytorch_optimizer"):
+        makers["pytorch_optimizer"] = bench.pytorch_optimizer
     makers["floor-again"] = makers["floor"]  # last, to see a drift of the machine
     if args.parties:
         makers = {k: v for k, v in makers.items() if k in args.parties}
-    gflop, seconds, rows = forward_gflop(bench), {}, []
+    gflop, medians, rows = forward_gflop(bench), {}, []
     for party, make in makers.items():
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if bench.gpu:
+            torch.cuda.reset_peak_memory_stats()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
         try:
             run = make()
-            for _ in range(3):
-                run()
-            torch.cuda.synchronize()
+            seconds(run, 3)
             setup = time.perf_counter() - start
             if args.warm:
                 print(f"{name} {party}: compiled, {setup:.0f} s", flush=True)
                 continue
-            times = measure(run, args.rounds, args.steps)
+            times = [seconds(run, args.steps) for _ in range(args.rounds)]
             if party == args.profile:
                 profile(run)
         except Exception as error:  # one party's failure must not cost the others their run
@@ -266,15 +271,20 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
         finally:
             run = None
         peak = torch.cuda.max_memory_allocated() - before
-        seconds[party] = median = statistics.median(times)
+        medians[party] = median = statistics.median(times)
         method, _, m = party.partition("-m")
         row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
-        row |= {"dtype": "bf16", "image_size": 224, "images_per_second": args.batch / median, "seconds": median}
+        row |= {
+            "dtype": "bf16" if bench.gpu else "fp32",
+            "image_size": args.size,
+            "images_per_second": args.batch / median,
+            "seconds": median,
+        }
         row |= {"rounds": times, "peak_bytes": peak, "setup_seconds": setup}
         for floor in ("floor", "ours-floor"):
-            if floor in seconds:
-                row[f"over_{floor}"] = median / seconds[floor]
-        if party in ("timm", "vanilla", "ours-vanilla"):
+            if floor in medians:
+                row[f"over_{floor}"] = median / medians[floor]
+        if ceiling and party in ("timm", "vanilla", "ours-vanilla"):
             row["ceiling_share"] = 3 * gflop * args.batch / median / 1e3 / ceiling
         rows.append(row)
         save(rows)
@@ -306,17 +316,19 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    ceiling = matmul_ceiling()
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # as the demo does
+    ceiling = matmul_ceiling() if args.device == "cuda" else 0.0
     result = {
-        "hardware": torch.cuda.get_device_name(),
-        "matmul_tflops": ceiling,
+        "hardware": hardware(Ranks(0, 1, 0, 1, torch.device(args.device))),
+        **({"matmul_tflops": ceiling} if ceiling else {}),
         "batch": args.batch,
         "rounds": args.rounds,
         "steps": args.steps,
         **ledger.provenance(),
         "entries": [],
     }
-    print(f"{result['hardware']}, {ceiling:.0f} TFLOP/s bf16 product", flush=True)
+    print(f"{result['hardware']}" + (f", {ceiling:.0f} TFLOP/s bf16 product" if ceiling else ""), flush=True)
     for name in args.models:
         known = result["entries"]
 
