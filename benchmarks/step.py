@@ -3,10 +3,10 @@
     python benchmarks/step.py --models vit_b32 resnet50 --output results/benchmarks/h100-step.json
     python benchmarks/step.py --device cpu --models vit_digits --size 32 --batch 64 --m 64 16     # fp32, not compiled
 
-Synthetic uint8 images resident on the GPU, the model's own recipe, bf16, compiled. The parties run one after the other,
-since a GPU does not hold the captured memory of all; each is warmed up and measured for `--rounds` rounds of `--steps`
-steps. A figure is the median over rounds of the mean step; the floor is measured again at the end, to see whether the
-machine drifted. Parties:
+Synthetic uint8 images resident on the device, the model's own recipe, on a GPU bf16 and compiled. There the parties run
+one after the other, on a CPU in turns; each is warmed up and measured for `--rounds` rounds of `--steps` steps. A
+figure is the median over rounds of the mean step; the floor is measured again at the end, to see how the machine drifts.
+Parties:
 
     timm        vanilla with timm's own layers, written plainly: compiled model, fp32 leaves, autocast, .backward()
     vanilla     the same with this project's layers (linear patch embedding, attention in one tile, blocked stem)
@@ -25,42 +25,26 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from clock import seconds
-from timm.layers.attention import Attention
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from step_parties import Bench, Party
+
 from sam_repro import ledger
-from sam_repro.config import Config, compose_config
 from sam_repro.distributed import Ranks
-from sam_repro.layers.attention import ShortAttention
-from sam_repro.layers.pool import StemPool
-from sam_repro.models import PatchLinear, StemConv, build_model
-from sam_repro.objective import gradient_step, loss_of
-from sam_repro.optim import build_base, decay_groups
-from sam_repro.optim.grouped import GroupedLayerNorm, GroupedLinear
+from sam_repro.models import build_model
 from sam_repro.setup import hardware
-
-Party = Callable[[], None]
-
-# This project's layers and those of timm that they stand for.
-OURS: dict[type, type] = {
-    PatchLinear: nn.Conv2d,
-    StemConv: nn.Conv2d,
-    StemPool: nn.MaxPool2d,
-    ShortAttention: Attention,
-}
-OURS |= {GroupedLinear: nn.Linear, GroupedLayerNorm: nn.LayerNorm}
 
 
 def arguments() -> argparse.Namespace:
@@ -79,133 +63,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", metavar="PARTY", help="print the kernels of one party")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
-
-
-class Bench:
-    """One model on one device and everything that the parties share."""
-
-    def __init__(self, name: str, batch: int, size: int, device: str):
-        self.name, self.batch, self.size, self.device = name, batch, size, torch.device(device)
-        self.gpu = device == "cuda"
-        self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
-        self.labels = torch.randint(0, 1000, (batch,), device=self.device)
-        self.ranks = Ranks(0, 1, 0, 1, self.device)
-
-    def config(self, *overrides: str) -> Config:
-        fixed = [f"recipe.batch_size={self.batch}", f"train.device={self.device}", "train.dtype=auto"]
-        return compose_config([f"model={self.name}", *fixed, *overrides])
-
-    def model(self, cfg: Config) -> torch.nn.Module:
-        torch.manual_seed(0)
-        model = build_model(cfg.model, num_classes=1000, image_size=self.size, loss=cfg.recipe.loss).to(self.device)
-        return model.to(memory_format=torch.channels_last) if cfg.model.family == "resnet" else model
-
-    def base(self, cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-        groups = decay_groups(model.named_parameters(), cfg.recipe.weight_decay)
-        return build_base(cfg.recipe.base, groups, lr=1e-4)
-
-    # ---- parties -----------------------------------------------------------------------------------------------------
-
-    def plain(self, passes: int, *, timm: bool = False) -> Party:
-        """The obvious loop: compiled, autocast, .backward()."""
-        cfg = self.config("optim=vanilla")
-        model = self.model(cfg)
-        if timm:
-            for module in model.modules():  # every layer of ours is a subclass of what timm built
-                module.__class__ = OURS.get(type(module), type(module))
-        base = self.base(cfg, model)
-        forward = self.plain_loss(cfg, model)
-
-        def step() -> None:
-            for _ in range(passes):
-                base.zero_grad(set_to_none=True)
-                forward().backward()
-            base.step()
-
-        return step
-
-    def plain_loss(self, cfg: Config, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
-        loss = loss_of(cfg)
-        layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
-
-        def forward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.gpu):
-                x = (images.float() / 127.5 - 1).contiguous(memory_format=layout)
-                z = model(x)
-            return loss(z.float(), labels)
-
-        compiled = torch.compile(forward, dynamic=False) if self.gpu else forward
-        return lambda: compiled(self.images, self.labels)
-
-    def engine(self, *overrides: str, passes: int = 1) -> Party:
-        """This project's engine; `passes` > 1 repeats the gradient before the one base-optimizer step."""
-        cfg = self.config(*overrides)
-        model = self.model(cfg)
-        base = self.base(cfg, model)
-        step = gradient_step(cfg, model, self.ranks, local_batch=self.batch, bf16=self.gpu)
-
-        def run() -> None:
-            for _ in range(passes):
-                step(self.images, self.labels, rho=0.1)
-            base.step()
-
-        return run
-
-    def davda54(self) -> Party:
-        from sam import SAM  # pyright: ignore[reportMissingImports]
-
-        return self.two_steps(SAM)
-
-    def pytorch_optimizer(self) -> Party:
-        from pytorch_optimizer import SAM  # pyright: ignore[reportMissingImports]
-
-        return self.two_steps(SAM)
-
-    def two_steps(self, sam: Callable[..., Any]) -> Party:
-        """The loop of davda54's README, which others took over with its two methods."""
-        cfg = self.config("optim=sam")
-        model = self.model(cfg)
-        kind = torch.optim.AdamW if cfg.recipe.base == "adamw" else torch.optim.SGD
-        optimizer = sam(model.parameters(), kind, rho=0.1, lr=1e-4, fused=True)
-        loss = self.plain_loss(cfg, model)
-
-        def step() -> None:
-            loss().backward()
-            optimizer.first_step(zero_grad=True)
-            loss().backward()
-            optimizer.second_step(zero_grad=True)
-
-        return step
-
-    def juntang(self) -> Party:
-        from gsam import GSAM, ProportionScheduler  # pyright: ignore[reportMissingImports]
-
-        cfg = self.config("optim=gsam")
-        model = self.model(cfg)
-        base = self.base(cfg, model)
-        lr = torch.optim.lr_scheduler.ConstantLR(base, factor=1.0)
-        rho = ProportionScheduler(lr, max_lr=1e-4, min_lr=0.0, max_value=0.1, min_value=0.0)
-        optimizer = GSAM(model.parameters(), base_optimizer=base, model=model, gsam_alpha=0.4, rho_scheduler=rho)
-        layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
-        compiled = torch.compile(model, dynamic=False) if self.gpu else model
-        loss = loss_of(cfg)
-
-        def logits(images: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.gpu):
-                return compiled((images.float() / 127.5 - 1).contiguous(memory_format=layout)).float()
-
-        def step() -> None:
-            def closure():
-                optimizer.base_optimizer.zero_grad()
-                with torch.enable_grad():
-                    z = logits(self.images)
-                    value = loss(z, self.labels)
-                value.backward()
-                return z, value.detach()
-
-            optimizer.step(closure)
-
-        return step
 
 
 def matmul_ceiling() -> float:
@@ -249,53 +106,68 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
     if args.parties:
         makers = {k: v for k, v in makers.items() if k in args.parties}
     gflop, medians, rows = forward_gflop(bench), {}, []
-    for party, make in makers.items():
+    # A GPU does not hold the captured memory of all; a CPU does, and other people's work on it is then everybody's.
+    for turn in [[party] for party in makers] if bench.gpu else [list(makers)]:
         gc.collect()
         torch.cuda.empty_cache()
         if bench.gpu:
             torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        try:
-            run = make()
-            seconds(run, 3)
-            setup = time.perf_counter() - start
-            if args.warm:
-                print(f"{name} {party}: compiled, {setup:.0f} s", flush=True)
-                continue
-            times = [seconds(run, args.steps) for _ in range(args.rounds)]
-            if party == args.profile:
-                profile(run)
-        except Exception as error:  # one party's failure must not cost the others their run
-            print(f"{name} {party} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
+        before = torch.cuda.memory_allocated()
+        runs, setup = {}, {}
+        for party in turn:
+            with forgiven(f"{name} {party}"):
+                start = time.perf_counter()
+                runs[party] = makers[party]()
+                seconds(runs[party], 3)
+                setup[party] = time.perf_counter() - start
+        if args.warm:
+            print("".join(f"{name} {party}: compiled, {setup[party]:.0f} s\n" for party in setup), end="", flush=True)
             continue
-        finally:
-            run = None
-        peak = torch.cuda.max_memory_allocated() - before
-        medians[party] = median = statistics.median(times)
-        method, _, m = party.partition("-m")
-        row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
-        row |= {
-            "dtype": "bf16" if bench.gpu else "fp32",
-            "image_size": args.size,
-            "images_per_second": args.batch / median,
-            "seconds": median,
-        }
-        row |= {"rounds": times, "peak_bytes": peak, "setup_seconds": setup}
-        for floor in ("floor", "ours-floor"):
-            if floor in medians:
-                row[f"over_{floor}"] = median / medians[floor]
-        if ceiling and party in ("timm", "vanilla", "ours-vanilla"):
-            row["ceiling_share"] = 3 * gflop * args.batch / median / 1e3 / ceiling
-        rows.append(row)
-        save(rows)
-        ratios = ", ".join(f"{k[5:]} x {v:.3f}" for k, v in row.items() if k.startswith("over_"))
-        print(
-            f"{name:10} {party:13} {1e3 * median:8.2f} ms {args.batch / median:8.0f} img/s  {ratios}  peak "
-            f"{peak / 1e9:.2f} GB, ready after {setup:.0f} s, spread {100 * (max(times) / min(times) - 1):.1f} %"
-            + (f", {100 * row['ceiling_share']:.1f} % of the ceiling" if "ceiling_share" in row else ""),
-            flush=True,
-        )
+        times = {party: [] for party in setup}
+        for measured, party in itertools.product(range(args.rounds), setup):
+            if len(times[party]) == measured:  # it has not failed
+                with forgiven(f"{name} {party}"):
+                    times[party].append(seconds(runs[party], args.steps))
+        if args.profile in times:
+            profile(runs[args.profile])
+        runs.clear()
+        for party in [p for p in times if len(times[p]) == args.rounds]:
+            medians[party] = median = statistics.median(times[party])
+            method, _, m = party.partition("-m")
+            row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
+            row |= {"dtype": "bf16" if bench.gpu else "fp32", "image_size": args.size}
+            row |= {"images_per_second": args.batch / median, "seconds": median, "rounds": times[party]}
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated() - before} if bench.gpu else {}
+            row["setup_seconds"] = setup[party]
+            for floor in ("floor", "ours-floor"):
+                if floor in medians:
+                    row[f"over_{floor}"] = median / medians[floor]
+            if ceiling and party in ("timm", "vanilla", "ours-vanilla"):
+                row["ceiling_share"] = 3 * gflop * args.batch / median / 1e3 / ceiling
+            rows.append(row)
+            save(rows)
+            tell(party, row)
     return rows
+
+
+@contextmanager
+def forgiven(who: str) -> Iterator[None]:
+    """One party's failure must not cost the others their run."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{who} failed: {type(error).__name__}: {str(error)[:400]}", flush=True)
+
+
+def tell(party: str, row: dict) -> None:
+    """A row for the person watching."""
+    words = [", ".join(f"{k[5:]} x {v:.3f}" for k, v in row.items() if k.startswith("over_"))]
+    words += [f"peak {row['peak_bytes'] / 1e9:.2f} GB"] if "peak_bytes" in row else []
+    words += [f"ready after {row['setup_seconds']:.0f} s"]
+    words += [f"spread {100 * (max(row['rounds']) / min(row['rounds']) - 1):.1f} %"]
+    words += [f"{100 * row['ceiling_share']:.1f} % of the ceiling"] if "ceiling_share" in row else []
+    said = f"{row['model']:10} {party:17} {1e3 * row['seconds']:8.2f} ms {row['images_per_second']:8.0f} img/s  "
+    print(said + ", ".join(filter(None, words)), flush=True)
 
 
 def profile(party: Party) -> None:
