@@ -5,7 +5,7 @@
 
 Synthetic uint8 images resident on the device, the model's own recipe, on a GPU bf16 and compiled. There the parties run
 one after the other, on a CPU in turns; each is warmed up and measured for `--rounds` rounds of `--steps` steps. A
-figure is the median over rounds of the mean step; the floor is measured again at the end, to see how the machine drifts.
+figure is the median over rounds of the mean step; the floor is measured again at the end, to see a drift.
 Parties:
 
     timm        vanilla with timm's own layers, written plainly: compiled model, fp32 leaves, autocast, .backward()

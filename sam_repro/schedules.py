@@ -28,7 +28,7 @@ def rho_of(cfg: Config, lr: float) -> float:
 
 def step_seed(seed: int, step: int) -> int:
     """One seed a step, for dropout: a function of the run's seed and the step alone, so that resuming is exact."""
-    return seed * 10_000_019 + step
+    return (seed * 10_000_019 + step) % 2**63  # of what torch's generators take
 
 
 def batches(loader: Loader, done: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:

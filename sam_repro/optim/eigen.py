@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.hvp import Hessian
-from sam_repro.optim.perturb import Eigen
+from sam_repro.optim.perturb import Eigen, group_seed
 
 
 class PowerIteration:
@@ -134,8 +134,8 @@ class PowerIteration:
         """The Hessian of the mean loss over the images wanted, at the weights as they are, in passes of m images."""
         weights = {n: p if p.dtype == torch.float64 else p.float() for n, p in self.params.items()}
         means = {name: self._mean(b) for name, b in self.buffers.items()}
-        chunks, seed = self._chunks(batch), (self.seed + self.calls) * 1_000_003
-        batches = [(*c, means, seed + self.rank * len(chunks) + i) for i, c in enumerate(chunks)]
+        chunks, seed = self._chunks(batch), self.seed + self.calls
+        batches = [(*c, means, group_seed(seed, self.rank * len(chunks) + i)) for i, c in enumerate(chunks)]
         if self.hessian is None:  # once, so that it is compiled once
             options = {"mode": self.mode, "compiled": self.compiled, "tf32": self.tf32}
             self.hessian = Hessian(self._objective, weights, batches, all_reduce=self.all_reduce, **options)
@@ -147,7 +147,7 @@ class PowerIteration:
         """The loss of (images, ..., buffers, seed)."""
         *images, buffers, seed = chunk
         if not self.compiled:
-            torch.manual_seed(seed % 2**63)  # the same dropout masks in every product
+            torch.manual_seed(seed)  # the same dropout masks in every product
         copies = {name: b.clone() for name, b in buffers.items()}
         return self.objective({**leaves, **copies}, *images)  # torch 2.6 cannot compile | of dictionaries
 

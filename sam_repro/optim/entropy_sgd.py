@@ -75,7 +75,7 @@ class EntropySGD(GradientStep):
         if size % self.parts:
             raise ValueError(f"{self.parts} parts do not divide the local batch of {size}")
         chunks = list(zip(*(t.split(size // self.parts) for t in batch), strict=True))
-        generator = torch.Generator(self.flat.device).manual_seed(seed % 2**63)  # the same walk on every rank
+        generator = torch.Generator(self.flat.device).manual_seed(seed)  # the same walk on every rank
         w = [p.detach() for p in self.params]
         torch._foreach_copy_(self.y, w)
         mu, velocity = [p.clone() for p in w], [torch.zeros_like(p) for p in w]

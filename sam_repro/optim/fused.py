@@ -22,7 +22,7 @@ from torch import Tensor
 from sam_repro.optim import kernels
 from sam_repro.optim.base import is_kernel
 from sam_repro.optim.combine import ratio
-from sam_repro.optim.perturb import STABILITY, Tensors, sam
+from sam_repro.optim.perturb import STABILITY, Tensors, group_seed, sam
 from sam_repro.optim.step import GradientStep
 
 WARMUP = 3  # calls before capture: compilation, autotuning, workspaces
@@ -31,8 +31,8 @@ WARMUP = 3  # calls before capture: compilation, autotuning, workspaces
 def aligned(weight: Tensor) -> bool:
     """Whether rows and columns of a matrix in bf16 begin at multiples of 16 bytes.
 
-    Others, such as those over a Mixer's 49 tokens, stay in fp32: the compiled pass casts and pads them in one kernel,
-    where a copy in bf16 would have to be padded by itself.
+    Others, such as those over a Mixer's 49 tokens, stay in fp32, so that the compiled pass can cast and pad them at
+    once. It did not make Mixer-B/32 faster (benchmarks/NOTES.md).
     """
     return weight.ndim != 2 or all(side % 8 == 0 for side in weight.shape)
 
@@ -115,7 +115,7 @@ class FusedStep(GradientStep):
                 self._run("step", self._whole)
             else:
                 self._run("clean", self._clean)
-                self._look(rho, seed * 1_000_003 + self.rank * self.count + i)
+                self._look(rho, group_seed(seed, self.rank * self.count + i))
                 self._run("robust", self._robust)
             self._each(torch._foreach_add_, after, self.work[0])
         self._keep_buffers(after, len(chunks))

@@ -170,6 +170,11 @@ class Vasso(Remembering):
         return self.theta
 
 
+def group_seed(seed: int, number: int) -> int:
+    """The seed of group `number` (over all ranks) in the step that has `seed`: one that torch's generators take."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 class Random:
     """A control: eps = rho n / ||n|| with n standard normal, whatever the gradient is.
 
@@ -183,7 +188,7 @@ class Random:
         """eps, of another direction at every call."""
         generator = None
         if self.seed is not None:
-            generator = torch.Generator(params[0].device).manual_seed(self.seed % 2**63)
+            generator = torch.Generator(params[0].device).manual_seed(self.seed)
         noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device) for p in params]
         return sam(params, noise, rho)
 

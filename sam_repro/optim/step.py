@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.combine import COMBINATIONS, THREE_PASSES, Coefficient, ratio
-from sam_repro.optim.perturb import Perturbation, Tensors, build_perturbation, inner, squared_norm
+from sam_repro.optim.perturb import Perturbation, Tensors, build_perturbation, group_seed, inner, squared_norm
 
 # Mean loss of some images: objective(params | buffers, *batch) -> 0-d tensor.
 Objective = Callable[..., Tensor]
@@ -124,7 +124,7 @@ class GradientStep:
         after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
         for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
             buffers = {name: b.clone() for name, b in self.buffers.items()}
-            self._add_group(group, buffers, rho, seed * 1_000_003 + self.rank * groups + i, 1 / (groups * self.world))
+            self._add_group(group, buffers, rho, group_seed(seed, self.rank * groups + i), 1 / (groups * self.world))
             self._each(torch._foreach_add_, after, buffers)
         self._keep_buffers(after, groups)
         self._reduce()
@@ -265,7 +265,7 @@ class GradientStep:
     def _grad(self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int) -> tuple[Tensor, Tensors]:
         """Loss and gradient at `params`; zeros for parameters that the loss does not reach."""
         if self.stochastic:
-            torch.manual_seed(seed % 2**63)
+            torch.manual_seed(seed)
         leaves = [p.detach().requires_grad_() for p in params]
         loss = self.objective(dict(zip(self.names, leaves, strict=True)) | buffers, *batch)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.combine import ratio
-from sam_repro.optim.perturb import Tensors, inner, squared_norm
+from sam_repro.optim.perturb import Tensors, group_seed, inner, squared_norm
 from sam_repro.optim.step import GradientStep
 
 
@@ -34,7 +34,7 @@ class GlobalStep(GradientStep):
         if self.before is not None:
             self.before(*batch)
         loss, g = self._mean(self.params, batch, seed, keep=True)
-        eps = self._perturbation(g, rho, seed * 1_000_003)
+        eps = self._perturbation(g, rho, group_seed(seed, 0))
         torch._foreach_add_(eps, self.params)
         loss_p, g_p = self._mean(eps, batch, seed, keep=False)
         del eps
@@ -57,8 +57,7 @@ class GlobalStep(GradientStep):
         after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
         for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
             buffers = {name: b.clone() for name, b in self.buffers.items()}
-            number = seed * 1_000_003 + self.rank * groups + i
-            loss, g = self._grad(params, buffers, group, number)
+            loss, g = self._grad(params, buffers, group, group_seed(seed, self.rank * groups + i))
             torch._foreach_add_(self.views, g, alpha=weight)
             self.metrics[0] += weight * loss
             self._each(torch._foreach_add_, after, buffers)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from sam_repro.paper.outcome import Outcome
+from sam_repro.paper.outcome import Outcome, summary
 from sam_repro.paper.spec import Column, Table
-from sam_repro.paper.stats import LEVEL, compare, interval, log_size, magnitudes
+from sam_repro.paper.stats import LEVEL, compare, interval, log_size
 
 EXACT = 7  # points at most whose 5,040 orders are all counted
 
@@ -89,8 +89,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
 
 def mean(o: Outcome, column: Column) -> float | None:
     """Mean over seeds, of magnitudes the geometric one; None without any."""
-    values = list(o.by_seed(column).values())
-    return (magnitudes if column.magnitude else interval)(values).mean if values else None
+    found = summary(list(o.by_seed(column).values()), column)
+    return found.mean if found else None
 
 
 def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:

@@ -90,8 +90,7 @@ def outcome(
         values = [value_of(r, column) for r in found if r["status"] == "done"]
         values += [computed(row, column)] if row.overrides is None else []
         values = [v for v in values if v is not None]
-        summary = magnitudes if column.magnitude else interval
-        ours, printed = summary(values) if values else None, row.printed.get(column.name)
+        ours, printed = summary(values, column), row.printed.get(column.name)
         word = verdict(ours, printed, digits=column.digits)
         if word == "pending" and state != "done":
             word = state
@@ -117,6 +116,11 @@ def state_of(runs: list[Run], found: list[Row]) -> str:
 def is_running(r: Run) -> bool:
     """Whether a process on this machine or file system holds the run's lock and shows signs of life."""
     return is_held(Path(r.config.log.runs_dir) / r.run_id)
+
+
+def summary(values: list[float], column: Column) -> Interval | None:
+    """Mean and interval of a column's values, of magnitudes geometric mean and range; None of none."""
+    return (magnitudes if column.magnitude else interval)(values) if values else None
 
 
 def value_of(row: Row, column: Column) -> float | None:

@@ -53,15 +53,20 @@ def positive_number(text: str) -> float:
 
 def run(args: Namespace) -> None:
     """Print the plan on stdout and how many lines it has on stderr."""
-    extra = [word for word in args.words if "=" in word]
-    tables = [load_table(word) for word in args.words if "=" not in word]
-    if not tables:
-        raise UserError("name a table; `sam-repro status` lists them")
-    runs = unique_runs(tables, seeds=args.seeds, extra=extra).values()
+    names, extra = tables_and_overrides(args.words, "plan")
+    runs = unique_runs(map(load_table, names), seeds=args.seeds, extra=extra).values()
     shown = [r for r in runs if not (args.missing and finished(r, args.ledger))]
     for r in shown:
         print(f"{r.run_id}\t{shlex.join(r.overrides)}")
     print(f"{len(shown)} of {len(runs)} runs", file=sys.stderr)
+
+
+def tables_and_overrides(words: list[str], command: str) -> tuple[list[str], list[str]]:
+    """(names, key=value words) of a command line. Raises UserError where no table is named."""
+    names = [word for word in words if "=" not in word]
+    if not names:
+        raise UserError(f"no table is named; see sam-repro {command} --help")
+    return names, [word for word in words if "=" in word]
 
 
 def finished(r: Run, ledger_dir: Path | None = None) -> bool:

@@ -32,7 +32,7 @@ from sam_repro.config import run_id
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
 from sam_repro.log import clock
-from sam_repro.paper.plan import finished, positive
+from sam_repro.paper.plan import finished, positive, tables_and_overrides
 from sam_repro.paper.runs import Run, compose_once, unique_runs
 from sam_repro.paper.spec import Table, load_table
 from sam_repro.paper.worker import fresh
@@ -84,10 +84,7 @@ def run(args: Namespace) -> int:
 
 def wanted(args: Namespace) -> dict[str, Run]:
     """The runs of all tables and plans by run id, those that --only leaves."""
-    extra = [word for word in args.words if "=" in word]
-    names = [word for word in args.words if "=" not in word]
-    if not names:
-        raise UserError("no table is named; see sam-repro run --help")
+    names, extra = tables_and_overrides(args.words, "run")
     runs: dict[str, Run] = {}
     for name in names:
         runs |= planned(Path(name), extra) if name.endswith(".tsv") else of_table(load_table(name), args, extra)

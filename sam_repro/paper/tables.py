@@ -32,6 +32,7 @@ from sam_repro.paper.outcome import (
 )
 from sam_repro.paper.plan import positive
 from sam_repro.paper.spec import Table, TableRow, load_table
+from sam_repro.paper.stats import Interval
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -127,17 +128,23 @@ def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
     if cell.ours is None:
         ours = "–"
     else:
-        half = f" ± {cell.ours.half:.{digits + 1}f}" if cell.ours.half is not None else ""
-        if cell.ours.span is not None:
-            half = f" [{size(cell.ours.span[0])}–{size(cell.ours.span[1])}]" if cell.ours.n > 1 else ""
         wanted = f" of {len(o.runs)}" if cell.ours.n < len(o.runs) else ""
-        middle = f"{cell.ours.mean:.{digits + 1}f}" if cell.ours.span is None else size(cell.ours.mean)
-        ours = f"{middle}{half} ({cell.ours.n}{wanted})"
+        ours = f"{spread_of(cell.ours, digits + 1)} ({cell.ours.n}{wanted})"
     if not compared:
         return [ours, cell.verdict]
     printed = f"{cell.printed:.{digits}f}" if isinstance(cell.printed, (int, float)) else cell.printed or "–"
     difference = "–" if cell.difference is None else f"{cell.difference:+.{digits + 1}f}"
     return [ours, printed, difference, cell.verdict]
+
+
+def spread_of(ours: Interval, digits: int) -> str:
+    """Mean ± half-width; of magnitudes the geometric mean [range]. One seed has neither."""
+    if ours.half is None:
+        return f"{ours.mean:.{digits}f}" if ours.span is None else size(ours.mean)
+    if ours.span is None:
+        return f"{ours.mean:.{digits}f} ± {ours.half:.{digits}f}"
+    low, high = map(size, ours.span)
+    return f"{size(ours.mean)} [{low}–{high}]"
 
 
 def size(value: float) -> str:
