@@ -129,7 +129,8 @@ def fill(command: str) -> str:
 
 STUDIES = """Small experiments of our own on real images, each claim tested on our runs: *confirmed* or *contradicted*
 where chance would do as well less than one time in twenty (two-sided, by seed, not corrected for the number of
-claims), *open* otherwise. They say nothing of ImageNet at full size."""
+claims), *open* otherwise; *on these test images* where the seeds agree, but other images of the same kind could turn
+it round. They say nothing of ImageNet at full size."""
 
 
 def overview(parts: list[Part], drawn: set[str]) -> str:

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations, permutations
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sam_repro.paper.outcome import Outcome, summary
 from sam_repro.paper.spec import Column, Table
 from sam_repro.paper.stats import LEVEL, compare, interval, log_size
 
+CERTAIN = ("confirmed", "contradicted")
 EXACT = 7  # points at most whose 5,040 orders are all counted
 
 
@@ -58,8 +60,26 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
         low, mid, high = (f"{math.exp(log) if log < 700 else math.inf:.2g}" for log in logs)  # one size may be zero
         between = f", 95 % from {low} to {high}" if at.half is not None else ""
         why = f"{better.row.method} over {than.row.method}: a factor of {mid}{between} (n = {tested.n}{p})."
-    seen = (at.mean < 0) == lower and at.mean != 0
-    return word_of(tested.p, seen=seen), f"{why} {without}".rstrip()
+    word = word_of(tested.p, seen=(at.mean < 0) == lower and at.mean != 0)
+    images, chance = sampling(better, than, column)
+    if word in CERTAIN and abs(at.mean) < chance:
+        word += " on these test images"
+        why += f" A test of {images:,} images is no more certain than ± {chance:.{digits}f} points."
+    return word, f"{why} {without}".rstrip()
+
+
+def sampling(one: Outcome, other: Outcome, column: Column) -> tuple[int, float]:
+    """(test images, half-width of the 95 % interval that drawing them leaves to a difference of accuracies, in points).
+
+    1.96 sqrt(p (1 - p) / n + q (1 - q) / n): of two methods that err independently. They see the same images, so that it
+    is an upper bound; seeds do not lower it. (0, 0) of a column that counts no images.
+    """
+    counts = [[row["evals"][column.name] for row in o.ledger if column.name in row["evals"]] for o in (one, other)]
+    if column.value is not None or not all(counts):
+        return 0, 0.0
+    images = min(c["total"] for rows in counts for c in rows)
+    shares = [fmean(c["correct"] / c["total"] for c in rows) for rows in counts]
+    return images, 196 * math.sqrt(sum(p * (1 - p) for p in shares) / images)
 
 
 def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, str]:
@@ -140,5 +160,5 @@ def convolve(a: Counter[int], b: Counter[int]) -> Counter[int]:
 def word_of(p: float | None, *, seen: bool) -> str:
     """confirmed and contradicted only where chance is unlikely; leans where it is not."""
     if p is not None and p < LEVEL:
-        return "confirmed" if seen else "contradicted"
+        return CERTAIN[0] if seen else CERTAIN[1]
     return "open, leans to it" if seen else "open, leans against it"

@@ -6,12 +6,13 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paper_rows import write_rows
 
 from sam_repro.errors import UserError
 from sam_repro.ledger import row_path
-from sam_repro.paper.claims import inversions, judged, rank_correlation
+from sam_repro.paper.claims import inversions, judged, rank_correlation, sampling
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import parse_table
@@ -32,8 +33,9 @@ def two_methods(claim: dict) -> dict:
     ("sam", "claim", "word"),
     [
         ([320, 321, 323], {}, "**confirmed**"),
-        ([280, 281, 281], {}, "**contradicted**"),
-        ([280, 281, 281], {"lower": True}, "**confirmed**"),
+        ([270, 271, 271], {}, "**contradicted**"),
+        ([270, 271, 271], {"lower": True}, "**confirmed**"),
+        ([290, 291, 291], {}, "**contradicted on these test images**"),
         ([310, 311, 312], {}, "**open, leans to it**"),  # equal differences: only signs
         ([330, 301, 302], {}, "**open, leans to it**"),
         ([270, 299, 298], {}, "**open, leans against it**"),
@@ -49,6 +51,19 @@ def test_contrast(tmp_path: Path, sam: list[int], claim: dict, word: str) -> Non
     assert said.startswith(f"{word}: SAM wins.")
     if len(sam) == 3 and sam[0] == 320:
         assert "SAM − VANILLA: +5.65 ± 0.40 points (n = 3, p = 0.00027)" in said
+
+
+def test_sampling_error_is_that_of_two_binomials(tmp_path: Path) -> None:
+    table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
+    write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
+    write_rows(tmp_path, runs_of(table, table.rows[1]), [290, 291, 291])
+    found = outcomes(table, tmp_path)
+    (said,) = judged(table, found)
+    rng = np.random.default_rng(0)
+    drawn = [rng.binomial(360, p, 100_000) / 3.6 for p in (903 / 1080, 872 / 1080)]
+    images, half = sampling(found[1], found[0], table.columns[0])
+    assert images == 360 and half == pytest.approx(1.96 * np.std(drawn[0] - drawn[1]), rel=0.01)
+    assert said.endswith(f"A test of 360 images is no more certain than ± {half:.2f} points.")
 
 
 def test_a_contrast_says_which_seeds_it_lacks(tmp_path: Path) -> None:
