@@ -37,14 +37,13 @@ from sam_repro.evaluate import count_correct
 from sam_repro.models import build_model
 from sam_repro.objective import loss_of
 from sam_repro.optim import build_base, decay_groups
-from sam_repro.paper.stats import compare, interval
+from sam_repro.paper.peers import PAIRS, table
 from sam_repro.paper.worker import fresh
 from sam_repro.schedules import batches, lr_schedule_of
 from sam_repro.setup import hardware, loader_factory, seed_everything, use_bf16
 from sam_repro.train import main as train
 
 INTERVAL = 25  # steps between readings of the clock
-PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))
 
 
 def arguments() -> argparse.Namespace:
@@ -189,36 +188,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def show(result: dict) -> str:
-    """The Markdown table of a result: ours beside the peer's, accuracies paired by seed."""
-    lines = ["| ours | peer | ours, % | peer, % | difference | ms a step | peer / ours | seconds, compiling included |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
-    for ours_name, peer in PAIRS:
-        pair = [{r["seed"]: r for r in result["runs"] if r["party"] == name} for name in (ours_name, peer)]
-        accuracy = [{s: 100 * r["correct"] / r["total"] for s, r in p.items()} for p in pair]
-        tested = compare(accuracy[1], accuracy[0])
-        if tested is None:
-            continue
-        means = [interval(list(a.values())) for a in accuracy]
-        cells = [ours_name, peer, *(f"{m.mean:.2f}" + (f" ± {m.half:.2f}" if m.half else "") for m in means)]
-        p = "" if tested.p is None else f", p = {tested.p:.2g}"
-        cells.append(f"{tested.difference:+.2f} (n = {tested.n}{p})")
-        steady, whole = ([statistics.median(r[k] for r in p.values()) for p in pair] for k in ("steady_ms", "seconds"))
-        cells += [
-            f"{steady[0]:.2f}, {steady[1]:.2f}",
-            f"{steady[1] / steady[0]:.3f}",
-            f"{whole[0]:.1f}, {whole[1]:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("python", "torch", "timm"))
-    lines += ["", f"{result['hardware']}; {versions}; commit {result['commit'][:8]}; {' '.join(result['overrides'])}"]
-    return "\n".join(lines)
-
-
 def main() -> None:
     args = arguments()
     if args.show:
-        print(show(json.loads(args.show.read_text())))
+        print(table(json.loads(args.show.read_text())))
         return
     sys.path.insert(0, str(args.peers))
     makers = {"davda54": davda54, "juntang": juntang}
@@ -236,7 +209,7 @@ def main() -> None:
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(show(result))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,14 @@ from sam_repro import ledger
 from sam_repro.config import Config, compose_config
 from sam_repro.errors import UserError
 from sam_repro.paper.outcome import curve
-from sam_repro.paper.rates import Entry, benchmarks_dir
+from sam_repro.paper.rates import Entry, benchmarks_dir, period_of
 from sam_repro.paper.runs import unique_runs
 from sam_repro.paper.spec import Table
 from sam_repro.paper.worker import fresh
 
 BATCH = 256  # images a step: a multiple of m, and no more than the generated training set has
-STEPS, WARM = 9, 3  # logged one by one; the first ones compile and allocate
+STEPS, WARM = 13, 4  # logged one by one; the first ones compile and allocate
+CYCLE = 3  # steps, instead of k, between those that a method with a period makes dearer or cheaper
 LOADER_SECONDS = 10.0
 
 
@@ -55,7 +57,10 @@ def calibrate(tables: list[Table], gpu: str) -> Path:
 
 
 def measure_step(cfg: Config) -> tuple[Entry, str]:
-    """Images a second of one process, the median over logged steps; and the hardware's name."""
+    """Images a second of one process, from the median over logged steps; and the hardware's name.
+
+    Of a method with a period both kinds of steps are timed, and weighed as in the period.
+    """
     from sam_repro.train import main
 
     synthetic = compose_config(["data=synthetic"]).data
@@ -67,14 +72,27 @@ def measure_step(cfg: Config) -> tuple[Entry, str]:
         log = replace(cfg.log, runs_dir=folder, ledger_dir=f"{folder}/ledger", wandb="disabled", progress="lines")
         plain = compose_config(["augment=none"]).augment
         unmeasured = replace(cfg.sharpness, images=0)
-        row = main(replace(cfg, data=data, recipe=recipe, train=train, augment=plain, sharpness=unmeasured, log=log))
+        measured = replace(cfg, data=data, recipe=recipe, train=train, augment=plain, sharpness=unmeasured, log=log)
+        if (period := period_of(cfg)) > 1:
+            cycle = {"k": CYCLE} if cfg.optim.perturb == "eigen" else {"every": CYCLE}
+            measured = replace(measured, optim=replace(cfg.optim, **cycle))
+        row = main(measured)
         if row["status"] != "done":
             raise UserError(f"the calibration of {row['run_id']} ended {row['status']}")
         row = ledger.read_row(ledger.row_path(f"{folder}/ledger", row["run_id"]))
-    seconds = [s for s in curve(row, "step_seconds")[WARM:] if s is not None]
+    mean = mean_step(curve(row, "step_seconds"), period)
     entry: dict[str, Any] = {"kind": "step", "model": cfg.model.name, "method": cfg.optim.name, "m": cfg.optim.m}
-    entry |= {"batch": BATCH, "dtype": row["dtype"], "image_size": side, "compile": cfg.train.compile}
-    return entry | {"images_per_second": BATCH / statistics.median(seconds) / row["world"]}, row["hardware"]
+    entry |= {"batch": BATCH, "dtype": row["dtype"], "image_size": side, "compile": cfg.train.compile, "period": period}
+    return entry | {"images_per_second": BATCH / mean / row["world"]}, row["hardware"]
+
+
+def mean_step(seconds: Sequence[float | None], period: int) -> float:
+    """Seconds of a step: the median after the first WARM; of a period, median by median of its two kinds."""
+    timed = [(i, s) for i, s in enumerate(seconds) if i >= WARM and s is not None]
+    if period == 1:
+        return statistics.median(s for _, s in timed)
+    rare, others = (statistics.median(s for i, s in timed if (i % CYCLE == 0) == wanted) for wanted in (True, False))
+    return others + (rare - others) / period
 
 
 def measure_loader(cfg: Config) -> Entry:

@@ -71,8 +71,8 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
 def sampling(one: Outcome, other: Outcome, column: Column) -> tuple[int, float]:
     """(test images, half-width of the 95 % interval that drawing them leaves to a difference of accuracies, in points).
 
-    1.96 sqrt(p (1 - p) / n + q (1 - q) / n): of two methods that err independently. They see the same images, so that it
-    is an upper bound; seeds do not lower it. (0, 0) of a column that counts no images.
+    1.96 sqrt(p (1 - p) / n + q (1 - q) / n), of two methods that err independently. They see the same images, so
+    that it is an upper bound; seeds do not lower it. (0, 0) of a column that counts no images.
     """
     counts = [[row["evals"][column.name] for row in o.ledger if column.name in row["evals"]] for o in (one, other)]
     if column.value is not None or not all(counts):

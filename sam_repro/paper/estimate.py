@@ -4,28 +4,32 @@
   sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained a GPU
   sam-repro estimate demo --gpu cpu --calibrate        # first measure this machine for a minute
 
-The speed of a run is the smaller of its step's and its loader's, from results/benchmarks/. Where nothing was
-measured the hours stay empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
-x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Evaluation and checkpoints are
-not counted. Finished runs stand beside their estimate: their hours, and in brackets how many they are.
+The speed of a run is the smaller of its step's and its loader's, from results/benchmarks/; with --missing, the hours of
+a row of which other seeds are finished on this hardware are those seeds'. Where nothing was measured the hours stay
+empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
+x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Compiling, evaluation and
+checkpoints are not counted. Finished runs stand beside their estimate: their hours, and in brackets how many they are.
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from sam_repro.config import Config
 from sam_repro.errors import UserError
+from sam_repro.ledger import Row
 from sam_repro.paper.outcome import Outcome, outcomes
 from sam_repro.paper.plan import positive, positive_number
 from sam_repro.paper.rates import (
     Entry,
     Rate,
     forward_gflop,
+    is_named,
     known_hardware,
     load_rates,
     loader_rate,
@@ -84,7 +88,8 @@ def run(args: Namespace) -> None:
             done = {row["run_id"] for row in o.ledger}
             runs = [r for r in o.runs if r.run_id not in counted and not (args.missing and r.run_id in done)]
             counted |= {r.run_id for r in runs}
-            costs = [cost_of(r, entries, args.tflops) for r in runs]
+            own = own_hours(o.ledger, args.gpu) if args.missing else ()
+            costs = [cost_of(r, entries, args.tflops, own=own) for r in runs]
             total += costs
             print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price)}")
         print()
@@ -108,15 +113,22 @@ def steps_of(cfg: Config) -> int:
     return max(1, int(cfg.recipe.epochs * samples / cfg.recipe.batch_size))
 
 
-def cost_of(r: Run, entries: list[Entry], tflops: float | None = None) -> Cost:
-    """What one run costs on the hardware of `entries`."""
+def own_hours(rows: Iterable[Row], gpu: str) -> list[float]:
+    """Hours of a row's finished runs on some hardware."""
+    return [row["hours"] for row in rows if row["status"] == "done" and is_named(row["hardware"], gpu)]
+
+
+def cost_of(r: Run, entries: list[Entry], tflops: float | None = None, *, own: Sequence[float] = ()) -> Cost:
+    """What one run costs on the hardware of `entries`; `own`: hours of other seeds of its row there."""
     cfg = r.config
     images = float(steps_of(cfg) * cfg.recipe.batch_size)
     forward, passes = forward_gflop(cfg.model.name, cfg.data.image_size), passes_of(cfg)
     eflop = None if forward is None else images * 3 * forward * passes * 1e-9
     rate = slower(step_rate(cfg, entries), loader_rate(cfg, entries))
     hours, how = (images / rate.images_per_second / 3600, rate.how) if rate else (None, "not measured")
-    if rate is None and tflops and eflop is not None:
+    if own:
+        hours, how = fmean(own), f"its own ({len(own)} finished)"
+    elif rate is None and tflops and eflop is not None:
         hours, how = eflop * 1e6 / tflops / 3600, f"assumed {tflops:g} TFLOP/s"
     return Cost(images, eflop, hours, how, forward, passes)
 
@@ -188,3 +200,20 @@ def summary(costs: list[Cost], width: int, gpus: int, price: float | None) -> st
 def row_costs(table: Table, found: list[Outcome], entries: list[Entry]) -> dict[str, Cost]:
     """{row id: cost of all its runs}, for the report."""
     return {o.row.id: add(cost_of(r, entries) for r in o.runs) for o in found if o.runs}
+
+
+def beside_actual(table: Table, found: Iterable[Outcome]) -> list[str]:
+    """Markdown rows, one for each hardware of known speed: hours of the finished runs, estimated and actual."""
+    runs = {r.run_id: r for o in found for r in o.runs}
+    rows = {row["run_id"]: row for o in found for row in o.ledger if row["status"] == "done"}
+    lines = []
+    for hardware in dict.fromkeys(row["hardware"] for row in rows.values()):
+        entries = load_rates(hardware)
+        here = [(row, cost_of(runs[i], entries).hours) for i, row in rows.items() if row["hardware"] == hardware]
+        known = [(row, hours) for row, hours in here if hours is not None]
+        if known:
+            estimated, actual = sum(hours for _, hours in known), sum(row["hours"] for row, _ in known)
+            sharing = "–".join(map(str, sorted({row.get("sharing", 1) for row, _ in known})))
+            cells = [table.title, hardware, sharing, len(known), f"{estimated:.3f}", f"{actual:.3f}"]
+            lines.append("| " + " | ".join(map(str, [*cells, f"{estimated / actual:.2f}"])) + " |")
+    return lines

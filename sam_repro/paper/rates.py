@@ -3,7 +3,7 @@
 A file is {"hardware": name as the ledger has it, "gpu": short name such as "h100", "date", "commit", "versions",
 "entries": [...]}. An entry is one of
 
-    {"kind": "step", "model", "method", "m", "batch": images a GPU, "dtype", "image_size", "images_per_second"}
+    {"kind": "step", "model", "method", "m", "images_per_second", "batch": of a GPU, "dtype", "image_size", "period"}
     {"kind": "loader", "data", "backend", "workers", "images_per_second"}
 
 per GPU: a loader entry is what the cores of one GPU deliver. Other keys (compile, memory) are kept and ignored.
@@ -57,6 +57,11 @@ def passes_of(cfg: Config) -> float:
     return passes
 
 
+def period_of(cfg: Config) -> int:
+    """Steps after which a method's cost repeats: k of Eigen-SAM's power iteration and of LookSAM, else 1."""
+    return cfg.optim.k if cfg.optim.perturb == "eigen" else cfg.optim.every
+
+
 @cache
 def forward_gflop(model: str, image_size: int) -> float | None:
     """Counted GFLOP of one image's forward pass, or None where nobody counted."""
@@ -79,14 +84,14 @@ def stored(folder: Path | None = None) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
-    """All entries measured on a kind of hardware; `gpu` is the short name, or a part of the full one.
+    """All entries measured on a kind of hardware; `gpu` is the short name, the full one or a word of it.
 
     Raises:
         UserError: a file that does not follow the form.
     """
     entries = []
     for path, tree in stored(folder):
-        if gpu.lower() not in (tree.get("gpu", "").lower(), *tree.get("hardware", "").lower().split()):
+        if gpu.lower() != tree.get("gpu", "").lower() and not is_named(tree.get("hardware", ""), gpu):
             continue
         for entry in tree["entries"]:
             missing = [k for k in REQUIRED.get(entry.get("kind", ""), ("kind",)) if k not in entry]
@@ -94,6 +99,11 @@ def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
                 raise UserError(f"{path}: an entry lacks {', '.join(missing)}")
             entries.append(entry | {"file": path.name})
     return entries
+
+
+def is_named(hardware: str, name: str) -> bool:
+    """Whether hardware may be called so: by its full name or a word of it, such as h100."""
+    return name.lower() in (hardware.lower(), *hardware.lower().split())
 
 
 def known_hardware(folder: Path | None = None) -> list[str]:
@@ -109,7 +119,8 @@ def step_rate(cfg: Config, entries: list[Entry]) -> Rate | None:
     """
     m = cfg.optim.m
     same = [e for e in entries if e["kind"] == "step" and e["model"] == cfg.model.name]
-    same = [e for e in same if e.get("image_size", cfg.data.image_size) == cfg.data.image_size]
+    for key, own in (("image_size", cfg.data.image_size), ("period", period_of(cfg))):
+        same = [e for e in same if e.get(key, own) == own]
     for entry in same:
         if entry["method"] == cfg.optim.name and (passes_of(cfg) == 1 or entry["m"] == m):
             return Rate(entry["images_per_second"], f"measured ({entry['file']})")

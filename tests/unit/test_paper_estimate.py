@@ -11,11 +11,12 @@ from paper_rows import write_rows
 from sam_repro.cli import main
 from sam_repro.config import compose_config
 from sam_repro.errors import UserError
-from sam_repro.paper import rates
+from sam_repro.paper import calibrate, rates
+from sam_repro.paper.calibrate import mean_step
 from sam_repro.paper.estimate import cost_of, slower, steps_of
 from sam_repro.paper.rates import Rate, load_rates, loader_rate, passes_of, step_rate
 from sam_repro.paper.runs import runs_of, unique_runs
-from sam_repro.paper.spec import load_table
+from sam_repro.paper.spec import load_table, parse_table
 
 
 def write(folder: Path, *entries: dict, **head: str) -> Path:
@@ -115,3 +116,45 @@ def test_products_of_eigen_sam_are_counted() -> None:
 
 def test_passes() -> None:
     assert [passes_of(compose_config([f"optim={m}"])) for m in ("vanilla", "sam", "gsam")] == [1, 2, 2]
+
+
+def test_a_period_is_weighed_as_it_is_trained() -> None:
+    """k = 100: one step of a hundred renews the eigenvector. Measured with a cycle of 3, from step 4 on."""
+    seconds = [9.0, 9.0, 9.0, 9.0, 1.0, 1.2, 5.0, 1.1, 1.0, 5.4, 1.2, 1.1, 5.2]
+    assert mean_step(seconds, 1) == pytest.approx(1.2)
+    assert mean_step(seconds, 100) == pytest.approx(1.1 + 4.1 / 100)
+    assert mean_step(seconds, 5) == pytest.approx(1.1 + 4.1 / 5)
+
+
+def test_another_period_is_not_the_same_step(tmp_path: Path) -> None:
+    entry = STEP | {"method": "eigen_sam", "period": 100}
+    entries = load_rates("h100", write(tmp_path, entry))
+    run = ["model=vit_b32", "optim=eigen_sam", "optim.m=64"]
+    assert step_rate(compose_config(run), entries) == Rate(5000.0, "measured (h100.json)")
+    assert step_rate(compose_config([*run, "optim.k=10"]), entries) is None
+
+
+def test_missing_runs_cost_what_the_row_s_finished_ones_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = load_table("demo")
+    runs = runs_of(table, table.rows[0], ledger=tmp_path)
+    write_rows(tmp_path, runs[:2], [300, 301])  # 0.01 h each, on hardware called "CPU test"
+    words = ["estimate", "demo", "--ledger", str(tmp_path), "--gpus", "1"]
+    said = {}
+    for more in (["--gpu", "test"], ["--gpu", "test", "--missing"], ["--gpu", "h100", "--missing"]):
+        main([*words, *more])
+        said[" ".join(more)] = next(x for x in capsys.readouterr().out.splitlines() if "vit_digits/vanilla" in x)
+    assert "0.01 " in said["--gpu test --missing"] and "its own (2 finished)" in said["--gpu test --missing"]
+    assert "its own" not in said["--gpu test"] + said["--gpu h100 --missing"]
+
+
+def test_calibration_measures_every_kind_of_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (calibrate, rates):
+        monkeypatch.setattr(module, "benchmarks_dir", lambda: tmp_path)
+    base = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": {"val": {"title": "t"}}, "seeds": 1}
+    rows = [{"id": f"v/{m}", "model": "V", "method": m, "overrides": [f"optim={m}"]} for m in ("vanilla", "eigen_sam")]
+    table = parse_table("t", base | {"rows": rows})
+    path = calibrate.calibrate([table], "here")
+    steps = [e for e in json.loads(path.read_text())["entries"] if e["kind"] == "step"]
+    assert [(e["method"], e["period"]) for e in steps] == [("vanilla", 1), ("eigen_sam", 100)]
+    costs = [cost_of(runs_of(table, row)[0], load_rates("here")) for row in table.rows]
+    assert costs[1].hours > 1.2 * costs[0].hours > 0  # two passes instead of one

@@ -1,0 +1,45 @@
+"""Training through the peers' optimizers beside ours, as benchmarks/peers.py stored it, as a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from sam_repro.paper.rates import benchmarks_dir
+from sam_repro.paper.stats import compare, interval
+
+PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))
+HEAD = "ours | peer | ours, % | peer, % | difference | ms a step | peer / ours | seconds, compiling included"
+
+
+def load(folder: Path | None = None) -> list[dict[str, Any]]:
+    """The stored results, by file name."""
+    paths = sorted((folder or benchmarks_dir()).glob("*peers*.json"))
+    return [tree for tree in map(json.loads, (path.read_text() for path in paths)) if tree.get("kind") == "peers"]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Ours beside the peer's: accuracies and times of the seeds that both have."""
+    lines = [f"| {HEAD} |", "|---|---|" + "--:|" * 6]
+    for names in PAIRS:
+        found = [{r["seed"]: r for r in result["runs"] if r["party"] == name} for name in names]
+        ours, peer = ({s: runs[s] for s in sorted(found[0].keys() & found[1].keys())} for runs in found)
+        if not ours:
+            continue
+        accuracy = [{s: 100 * r["correct"] / r["total"] for s, r in runs.items()} for runs in (ours, peer)]
+        tested = compare(accuracy[1], accuracy[0])
+        assert tested is not None
+        means = [interval(list(a.values())) for a in accuracy]
+        p = "" if tested.p is None else f", p = {tested.p:.2g}"
+        step, whole = (
+            [statistics.median(r[k] for r in x.values()) for x in (ours, peer)] for k in ("steady_ms", "seconds")
+        )
+        cells = [*names, *(f"{m.mean:.2f}" + (f" ± {m.half:.2f}" if m.half is not None else "") for m in means)]
+        cells += [f"{tested.difference:+.2f} (n = {tested.n}{p})", f"{step[0]:.2f}, {step[1]:.2f}"]
+        cells += [f"{step[1] / step[0]:.3f}", f"{whole[0]:.1f}, {whole[1]:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = ", ".join(f"{k} {result['versions'][k]}" for k in ("python", "torch", "timm"))
+    told = f"{result['hardware']}; {versions}; commit {result['commit'][:8]}; `{' '.join(result['overrides'])}`"
+    return "\n".join([*lines, "", told])
