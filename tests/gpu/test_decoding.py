@@ -103,17 +103,22 @@ def test_the_loaders_agree(root, antialias):
 
 
 def test_batches_are_right_while_the_gpu_is_busy(root):
-    """The step's stream is far behind the host; nothing may be overwritten before it is read."""
+    """The step's stream is far behind the host; nothing may be overwritten before it is read.
+
+    Not to the bit: while other processes use the GPU, nvJPEG has been seen to decode a batch a little differently.
+    Another image's pixels would differ by tens.
+    """
     gpu = make(root, "gpu")
-    want = [x.double().sum() for e in range(2) for x, _ in gpu.epoch(e)]
-    load, sums = torch.randn(4096, 4096, device=CUDA), []
+    want = [x.clone() for e in range(2) for x, _ in gpu.epoch(e)]
+    load, differences = torch.randn(4096, 4096, device=CUDA), []
     for epoch in range(2):
         for x, _ in gpu.epoch(epoch):
             for _ in range(30):
                 load = torch.tanh(load @ load)
-            sums.append(x.double().sum())
+            differences.append((x.int() - want[len(differences)].int()).abs().float().mean((1, 2, 3)))
             del x
-    assert torch.equal(torch.stack(sums), torch.stack(want))
+    shuffled = (want[0].int() - want[0].flip(0).int()).abs().float().mean((1, 2, 3))
+    assert torch.stack(differences).max() < 4 < 10 < shuffled.min()
     gpu.close()
 
 
