@@ -27,11 +27,12 @@ from sam_repro.config import compose_config
 from sam_repro.errors import UserError
 from sam_repro.ledger import read_row
 from sam_repro.paper import peers, scaling, speed
-from sam_repro.paper.claims import judged
+from sam_repro.paper.claims import judged, surviving
 from sam_repro.paper.estimate import beside_actual
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.report import Part, assemble, parts_of
 from sam_repro.paper.spec import load_table
+from sam_repro.paper.stats import LEVEL
 from sam_repro.paper.tables import FORMATS, render
 
 BLOCK = re.compile(r"(<!-- sam-repro ((?:table|speed)[^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
@@ -130,14 +131,23 @@ def fill(command: str) -> str:
 
 
 STUDIES = """Small experiments of our own on real images, each claim tested on our runs: *confirmed* or *contradicted*
-where chance would do as well less than one time in twenty (two-sided, by seed, not corrected for the number of
-claims), *open* otherwise; *on these test images* where the seeds agree, but other images of the same kind could turn
-it round. They say nothing of ImageNet at full size."""
+where chance would do as well less than one time in twenty (two-sided; by seed, or over the points of a grid against
+random orders of them; not corrected for the number of claims), *open* otherwise; *on these test images* where the seeds
+agree, but other images of the same kind could turn it round. A method that was not tuned is judged as it was run.
+They say nothing of ImageNet at full size."""
+LEGEND = """runs, wanted: training runs. The other columns count numbers of the table: *within*, *above*, *below*: where
+our 95 % interval over seeds lies to the paper's number; *one seed*: no interval.
+
+In the tables: ε is the perturbation, h = f(w + ε) - f(w) the surrogate gap, θ the angle between the gradients at w and
+w + ε; σ_max and λ_max are the Hessian's eigenvalue of largest size, on at most 512 training images, v its eigenvector.
+Processor hours: time, divided by the number of runs that were to share a GPU."""
 
 
-PEERS = """The same model, images, order and recipe through davda54/sam and juntang-zhuang/GSAM in a plain compiled
-loop, and through ours (`benchmarks/peers.py`). On a GPU a small model's step is mostly calls, some for every parameter
-in the peers' code; how far apart they are with larger models is in the table of speeds in the checkout's README."""
+PEERS = """The same model, images, order and recipe through davda54/sam and juntang-zhuang/GSAM in a plain loop
+(compiled on a GPU), and through ours (`benchmarks/peers.py`); one perturbation a batch, no clipping. On a GPU a small
+model's step is mostly calls, some for every parameter in the peers' code; how far apart larger models are is in the
+table of speeds in the checkout's README. In brackets the first seed's seconds: only there something is compiled for the
+first time, and not for a party that another has compiled it for. Where n = 2, the peer's last run was cut off."""
 COST = """Hours of finished runs beside what `sam-repro estimate` says of them, from speeds measured with one run alone
 on the processor. Estimates leave out compiling, evaluation and checkpoints; runs on one GPU fill each other's gaps."""
 
@@ -150,9 +160,18 @@ def comparisons(parts: list[Part]) -> list[str]:
         lines += [line for result in stored for line in ("", peers.table(result))]
     costs = [line for part in parts for line in beside_actual(part.table, part.found)]
     if costs:
-        head = ("table", "hardware", "runs at once", "runs", "estimated, h", "actual, h", "estimated / actual")
+        head = (
+            "table",
+            "hardware",
+            "runs at once",
+            "runs",
+            "estimated, h",
+            "actual, h",
+            "estimated / actual",
+            "run by run",
+        )
         lines += ["", "## What runs cost, estimated and actual", "", COST, ""]
-        lines += ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * 5, *costs]
+        lines += ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * 6, *costs]
     return lines
 
 
@@ -170,12 +189,18 @@ def overview(parts: list[Part], more: list[str], drawn: set[str]) -> str:
         "`index.html` has every table, run and curve; `paper/` has the papers' numbers as data, `studies/` our",
     ]
     lines += ["own experiments, and `runs/` one immutable file a finished run. What departs from the papers:"]
-    lines += ["`docs/DEVIATIONS.md`."]
+    lines += ["`docs/DEVIATIONS.md`.", "", LEGEND]
     studies = [part for part in parts if part.table.claims]
+    judgements = {part.table.title: judged(part.table, part.found) for part in studies}
+    ps = [j.p for said in judgements.values() for j in said if j.p is not None]
     if studies:
         lines += ["", "## Studies: what was confirmed, what was not", "", STUDIES]
-    for part in studies:
-        lines += ["", f"{part.table.title}:", "", *(f"* {line.strip()}" for line in judged(part.table, part.found))]
+    if ps:
+        low, chance = sum(p < LEVEL for p in ps), LEVEL * len(ps)
+        said = f"{len(ps)} claims could be tested: {low} have p < {LEVEL:g}, as {chance:.1f} would by chance alone;"
+        lines += ["", f"{said} after Holm's correction for their number {surviving(ps)}."]
+    for title, said in judgements.items():
+        lines += ["", f"{title}:", "", *(f"* {j.line}" for j in said)]
     lines += more
     for part in studies:
         name = part.table.name

@@ -6,7 +6,8 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations, permutations
+from dataclasses import dataclass
+from itertools import combinations, permutations, takewhile
 from statistics import fmean
 from typing import Any
 
@@ -21,25 +22,44 @@ CERTAIN = ("confirmed", "contradicted")
 EXACT = 7  # points at most whose 5,040 orders are all counted
 
 
-def judged(table: Table, found: list[Outcome]) -> list[str]:
-    """A line of Markdown for every claim of a table."""
+@dataclass(frozen=True)
+class Judgement:
+    """What became of a claim, as a line of Markdown, and the p-value of its test, if it could be tested."""
+
+    line: str
+    p: float | None
+
+
+def judged(table: Table, found: list[Outcome]) -> list[Judgement]:
+    """A judgement for every claim of a table."""
     by_id = {o.row.id: o for o in found}
     columns = {c.name: c for c in table.columns}
     lines = []
     for claim in table.claims:
         column = columns[claim.column]
         if claim.follows:
-            word, why = association(found, column, columns[claim.follows])
+            used = found
+            word, why, p = association(used, column, columns[claim.follows])
         elif claim.falls_with:
-            word, why = trend([o for o in found if claim.falls_with in o.row.point], claim.falls_with, column)
+            used = [o for o in found if claim.falls_with in o.row.point]
+            word, why, p = trend(used, claim.falls_with, column)
         else:
-            word, why = contrast(by_id[claim.better], by_id[claim.than], column, lower=claim.lower)
-        lines.append(f"**{word}**: {claim.text}. {why}")
+            used = [by_id[claim.better], by_id[claim.than]]
+            word, why, p = contrast(*used, column, lower=claim.lower)
+        hardware = sorted({row["hardware"] for o in used for row in o.ledger})
+        if p is not None and len(hardware) > 1:
+            why += f" The runs are of different hardware: {', '.join(hardware)}."
+        lines.append(Judgement(f"**{word}**: {claim.text}. {why}".rstrip(), p))
     return lines
 
 
-def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> tuple[str, str]:
-    """(word, evidence) on the claim that one row beats another: paired by seed; of a magnitude, their ratio."""
+def surviving(ps: Sequence[float]) -> int:
+    """How many of these p-values stay below LEVEL after Holm's correction for their number."""
+    return sum(1 for _ in takewhile(lambda found: found[1] <= LEVEL / (len(ps) - found[0]), enumerate(sorted(ps))))
+
+
+def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> tuple[str, str, float | None]:
+    """(word, evidence, p) on the claim that one row beats another: paired by seed; of a magnitude, their ratio."""
     ours, theirs = better.by_seed(column), than.by_seed(column)
     if column.magnitude:  # by their ratio
         ours, theirs = ({s: log_size(v) for s, v in x.items()} for x in (ours, theirs))
@@ -47,7 +67,7 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     diverged = sum(row["status"] == "diverged" for outcome in (better, than) for row in outcome.ledger)
     without = f"Runs that diverged, left out: {diverged}." if diverged else ""
     if tested is None:
-        return "not run", without
+        return "not run", without, None
     shared = sorted(ours.keys() & theirs.keys())
     at = interval([ours[s] - theirs[s] for s in shared])
     unit = " points" if column.unit == "%" else f" {column.unit}" if column.unit else ""
@@ -62,10 +82,11 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
         why = f"{better.row.method} over {than.row.method}: a factor of {mid}{between} (n = {tested.n}{p})."
     word = word_of(tested.p, seen=(at.mean < 0) == lower and at.mean != 0)
     images, chance = sampling(better, than, column)
-    if word in CERTAIN and abs(at.mean) < chance:
+    if word in CERTAIN and images and abs(at.mean) < math.hypot(at.half or 0, chance):
         word += " on these test images"
-        why += f" A test of {images:,} images is no more certain than ± {chance:.{digits}f} points."
-    return word, f"{why} {without}".rstrip()
+        why += f" Drawing {images:,} others can add up to ± {chance:.{digits}f} points (95 %, of methods that err"
+        why += " independently)."
+    return word, f"{why} {without}".rstrip(), tested.p
 
 
 def sampling(one: Outcome, other: Outcome, column: Column) -> tuple[int, float]:
@@ -82,18 +103,18 @@ def sampling(one: Outcome, other: Outcome, column: Column) -> tuple[int, float]:
     return images, 196 * math.sqrt(sum(p * (1 - p) for p in shares) / images)
 
 
-def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, str]:
-    """(word, evidence) on the claim that two columns order the rows alike: Spearman's rank correlation."""
+def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, str, float | None]:
+    """(word, evidence, p) on the claim that two columns order the rows alike: Spearman's rank correlation."""
     pairs = [(mean(o, one), mean(o, other)) for o in found]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(known) < 3:
-        return "not run", ""
+        return "not run", "", None
     for column, values in zip((one, other), zip(*known, strict=True), strict=True):
         if len(set(values)) == 1:
-            return "open", f"{column.title} is the same at all {len(known)} points: there is nothing to rank."
+            return "open", f"{column.title} is the same at all {len(known)} points: there is nothing to rank.", None
     r, p = rank_correlation(*zip(*known, strict=True))
     why = f"{one.title} and {other.title}: rank correlation {r:.2f} over {len(known)} points (p = {p:.2g})."
-    return word_of(p, seen=r > 0), why
+    return word_of(p, seen=r > 0), why, p
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
@@ -104,7 +125,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
         x, y = (rankdata(values) - (len(a) + 1) / 2 for values in (a, b))
         products = np.array(list(permutations(y))) @ x
         p = float(np.mean(abs(products) >= abs(x @ y) - 1e-9))
-    return r, p
+    return r, max(p, 2 / math.factorial(len(a)))  # of one perfect order and its reverse
 
 
 def mean(o: Outcome, column: Column) -> float | None:
@@ -113,8 +134,8 @@ def mean(o: Outcome, column: Column) -> float | None:
     return found.mean if found else None
 
 
-def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
-    """(word, evidence) on the claim that a column falls with a key of the grid, all other keys being equal.
+def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str, float | None]:
+    """(word, evidence, p) on the claim that a column falls with a key of the grid, all other keys being equal.
 
     Counts pairs of points that fall. p is exact: how often independent random orders within each group of points would
     give at least as many (Mann 1945, one-sided, doubled). Equal values speak for neither side: a tie counts against
@@ -128,7 +149,7 @@ def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
             groups.setdefault(others, []).append((o.row.point[key], value))
     pairs = [(a, b) for points in groups.values() for a, b in combinations(sorted(points), 2)]
     if not pairs:
-        return "not run", ""
+        return "not run", "", None
     falls, ties = (sum(test(b[1], a[1]) for a, b in pairs) for test in (operator.lt, operator.eq))
     random = Counter({0: 1})
     for points in groups.values():
@@ -137,7 +158,7 @@ def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str]:
     at_most = sum(n for k, n in random.items() if k <= falls + ties)
     p = min(1.0, 2 * min(at_least, at_most) / sum(random.values()))
     why = f"{column.title} falls in {falls} of {len(pairs)} pairs of points that differ in nothing else (p = {p:.2g})."
-    return word_of(p, seen=2 * falls + ties > len(pairs)), why
+    return word_of(p, seen=2 * falls + ties > len(pairs)), why, p
 
 
 def inversions(n: int) -> Counter[int]:
@@ -158,7 +179,9 @@ def convolve(a: Counter[int], b: Counter[int]) -> Counter[int]:
 
 
 def word_of(p: float | None, *, seen: bool) -> str:
-    """confirmed and contradicted only where chance is unlikely; leans where it is not."""
-    if p is not None and p < LEVEL:
+    """confirmed and contradicted only where chance is unlikely; leans where it is no more likely than not."""
+    if p is None or p > 0.5:
+        return "open"
+    if p < LEVEL:
         return CERTAIN[0] if seen else CERTAIN[1]
     return "open, leans to it" if seen else "open, leans against it"

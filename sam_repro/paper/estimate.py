@@ -213,7 +213,9 @@ def beside_actual(table: Table, found: Iterable[Outcome]) -> list[str]:
         known = [(row, hours) for row, hours in here if hours is not None]
         if known:
             estimated, actual = sum(hours for _, hours in known), sum(row["hours"] for row, _ in known)
+            ratios = [hours / row["hours"] for row, hours in known]
             sharing = "–".join(map(str, sorted({row.get("sharing", 1) for row, _ in known})))
             cells = [table.title, hardware, sharing, len(known), f"{estimated:.3f}", f"{actual:.3f}"]
-            lines.append("| " + " | ".join(map(str, [*cells, f"{estimated / actual:.2f}"])) + " |")
+            cells += [f"{estimated / actual:.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

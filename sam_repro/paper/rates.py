@@ -13,6 +13,7 @@ per GPU: a loader entry is what the cores of one GPU deliver. Other keys (compil
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,8 +103,8 @@ def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:
 
 
 def is_named(hardware: str, name: str) -> bool:
-    """Whether hardware may be called so: by its full name or a word of it, such as h100."""
-    return name.lower() in (hardware.lower(), *hardware.lower().split())
+    """Whether hardware may be called so: by its full name or a part of it, such as h100."""
+    return name.lower() in (hardware.lower(), *re.split(r"[\s-]+", hardware.lower()))
 
 
 def known_hardware(folder: Path | None = None) -> list[str]:
@@ -117,20 +118,18 @@ def step_rate(cfg: Config, entries: list[Entry]) -> Rate | None:
 
     Scaling is by the number of passes and says so; another model's speed is never used.
     """
-    m = cfg.optim.m
+    m, passes, period = cfg.optim.m, passes_of(cfg), period_of(cfg)
     same = [e for e in entries if e["kind"] == "step" and e["model"] == cfg.model.name]
-    for key, own in (("image_size", cfg.data.image_size), ("period", period_of(cfg))):
-        same = [e for e in same if e.get(key, own) == own]
+    same = [e for e in same if e.get("image_size", cfg.data.image_size) == cfg.data.image_size]
     for entry in same:
-        if entry["method"] == cfg.optim.name and (passes_of(cfg) == 1 or entry["m"] == m):
+        if entry["method"] == cfg.optim.name and (passes == 1 or entry["m"] == m) and entry.get("period", 1) == period:
             return Rate(entry["images_per_second"], f"measured ({entry['file']})")
-    for entry in same:
-        if entry["method"] in PASSES and (entry["m"] == m or passes_of(cfg) == 1):
-            scale = PASSES[entry["method"]] / passes_of(cfg)
-            return Rate(
-                scale * entry["images_per_second"], f"scaled by passes from {entry['method']} ({entry['file']})"
-            )
-    return None
+    others = [e for e in same if e["method"] in PASSES and (e["m"] == m or passes == 1)]
+    if not others:
+        return None
+    nearest = min(others, key=lambda e: abs(PASSES[e["method"]] - passes))
+    scaled = PASSES[nearest["method"]] / passes * nearest["images_per_second"]
+    return Rate(scaled, f"scaled by passes from {nearest['method']} ({nearest['file']})")
 
 
 PASSES = {"vanilla": 1, "sam": 2, "gsam": 2}  # methods that others may be scaled from

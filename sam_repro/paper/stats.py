@@ -58,7 +58,8 @@ def verdict(ours: Interval | None, printed: float | str | None, *, digits: int =
     if printed is None:
         return "measured"
     assert not isinstance(printed, str)
-    if abs(ours.mean - printed) <= ours.half + 0.5 * 10**-digits:
+    low, high = ours.span or (ours.mean - ours.half, ours.mean + ours.half)
+    if low - 0.5 * 10**-digits <= printed <= high + 0.5 * 10**-digits:
         return "within"
     return "above" if ours.mean > printed else "below"
 

@@ -14,7 +14,8 @@ import csv
 import io
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sam_repro.errors import UserError
@@ -31,7 +32,7 @@ from sam_repro.paper.outcome import (
     winners,
 )
 from sam_repro.paper.plan import positive
-from sam_repro.paper.spec import Table, TableRow, load_table
+from sam_repro.paper.spec import Column, Table, TableRow, load_table
 from sam_repro.paper.stats import Interval
 
 
@@ -108,7 +109,7 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         ],
         footnotes=footnotes_of(table)
         + ([GAP] if curves else [])
-        + [f"{c.title}: geometric mean and range over seeds" for c in table.columns if c.magnitude],
+        + [size_note(c, found) for c in table.columns if c.magnitude],
         provenance=sentences_of(provenance_of(found)),
     )
 
@@ -119,7 +120,10 @@ def point_of(row: TableRow) -> list[str]:
 
 
 CURVES = (("surrogate_gap", "h"), ("cosine", "cos θ"))
-GAP = "h and cos θ: mean over the last logged interval, at each run's own ρ; h compares methods only at equal ρ"
+GAP = (
+    "h and cos θ: of training steps (groups of m augmented images), mean over the last logged interval, at each "
+    "run's own ρ; h compares methods only at equal ρ and m. 2h/ρ² has another h: of fixed images, in evaluation mode"
+)
 
 
 def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
@@ -145,6 +149,15 @@ def spread_of(ours: Interval, digits: int) -> str:
         return f"{ours.mean:.{digits}f} ± {ours.half:.{digits}f}"
     low, high = map(size, ours.span)
     return f"{size(ours.mean)} [{low}–{high}]"
+
+
+def size_note(column: Column, found: Iterable[Outcome]) -> str:
+    """What the numbers of a magnitude's column are; how many of them a sign was taken from."""
+    signed = replace(column, magnitude=False)
+    values = [v for o in found for v in o.by_seed(signed).values()]
+    negative = sum(v < 0 for v in values)
+    lost = f"without its sign ({negative} of {len(values)} are negative); " if negative else ""
+    return f"{column.title}: {lost}geometric mean and range over seeds"
 
 
 def size(value: float) -> str:
@@ -271,8 +284,8 @@ def html(table: Table, found: list[Outcome]) -> str:
     return page(table.title, table_html(sheet_of(table, found)))
 
 
-CSV_HEADER = ("table", "row", "model", "method", "column", "mean", "half", "n", "paper", "difference", "verdict")
-CSV_HEADER += ("commits", "runs")
+CSV_HEADER = ("table", "row", "model", "method", "column", "mean", "half", "low", "high", "n", "paper", "difference")
+CSV_HEADER += ("verdict", "commits", "runs")
 
 
 def comma_separated(table: Table, found: list[Outcome]) -> str:
@@ -283,10 +296,13 @@ def comma_separated(table: Table, found: list[Outcome]) -> str:
     for o in found:
         done = [row for row in o.ledger if row["status"] == "done"]
         for cell in o.cells:
-            mean, half, n = (cell.ours.mean, cell.ours.half, cell.ours.n) if cell.ours else (None, None, 0)
+            ours = cell.ours
+            mean, n, span = (ours.mean, ours.n, ours.span) if ours else (None, 0, None)
+            half = ours.half if ours and span is None else None  # of magnitudes the mean is geometric: low and high
+            low, high = span or (None, None)
             commits = " ".join(sorted({row["commit"][:8] for row in done}))
             runs = " ".join(row["run_id"] for row in done)
-            line = [table.name, o.row.id, o.row.model, o.row.method, cell.column.name, mean, half, n]
+            line = [table.name, o.row.id, o.row.model, o.row.method, cell.column.name, mean, half, low, high, n]
             writer.writerow([*line, cell.printed, cell.difference, cell.verdict, commits, runs])
     return out.getvalue()
 

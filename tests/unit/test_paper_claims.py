@@ -12,11 +12,17 @@ from paper_rows import write_rows
 
 from sam_repro.errors import UserError
 from sam_repro.ledger import row_path
-from sam_repro.paper.claims import inversions, judged, rank_correlation, sampling
+from sam_repro.paper import claims
+from sam_repro.paper.claims import inversions, rank_correlation, sampling, surviving
 from sam_repro.paper.outcome import outcomes
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import parse_table
 from sam_repro.paper.tables import render
+
+
+def judged(table, found):
+    return [judgement.line for judgement in claims.judged(table, found)]
+
 
 BASE = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": {"val": {}}, "seeds": 3}
 
@@ -39,7 +45,8 @@ def two_methods(claim: dict) -> dict:
         ([310, 311, 312], {}, "**open, leans to it**"),  # equal differences: only signs
         ([330, 301, 302], {}, "**open, leans to it**"),
         ([270, 299, 298], {}, "**open, leans against it**"),
-        ([320], {}, "**open, leans to it**"),
+        ([320], {}, "**open**"),
+        ([310, 291, 303], {}, "**open**"),
         ([], {}, "**not run**"),
     ],
 )
@@ -63,7 +70,36 @@ def test_sampling_error_is_that_of_two_binomials(tmp_path: Path) -> None:
     drawn = [rng.binomial(360, p, 100_000) / 3.6 for p in (903 / 1080, 872 / 1080)]
     images, half = sampling(found[1], found[0], table.columns[0])
     assert images == 360 and half == pytest.approx(1.96 * np.std(drawn[0] - drawn[1]), rel=0.01)
-    assert said.endswith(f"A test of 360 images is no more certain than ± {half:.2f} points.")
+    assert said.endswith(
+        f"Drawing 360 others can add up to ± {half:.2f} points (95 %, of methods that err independently)."
+    )
+
+
+def test_seeds_and_images_err_together(tmp_path: Path) -> None:
+    """5.6 points are more than the seeds' 3.8 and the images' 4.9, but not more than both."""
+    table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
+    write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
+    write_rows(tmp_path, runs_of(table, table.rows[1]), [320, 315, 328])
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert said.startswith("**confirmed on these test images**")
+
+
+def test_other_hardware_is_told(tmp_path: Path) -> None:
+    table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
+    write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
+    write_rows(tmp_path, runs_of(table, table.rows[1])[:2], [320, 322])
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert "hardware" not in said
+    path = row_path(tmp_path, runs_of(table, table.rows[1])[0].run_id)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hardware": "NVIDIA X"}))
+    (said,) = judged(table, outcomes(table, tmp_path))
+    assert said.endswith("The runs are of different hardware: CPU test, NVIDIA X.")
+
+
+def test_holm() -> None:
+    """Of 0.01 to 0.04 only the first is below its 0.05 / 4; the second is not below 0.05 / 3, so the rest fall."""
+    for ps, kept in (([0.04, 0.01, 0.03, 0.02], 1), ([0.01, 0.012, 0.2], 2), ([0.06], 0), ([0.001], 1), ([], 0)):
+        assert surviving(ps) == kept
 
 
 def test_a_contrast_says_which_seeds_it_lacks(tmp_path: Path) -> None:
@@ -123,8 +159,8 @@ def test_trend_within_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "said"),
     [
-        ([360] * 5, "**open, leans against it**: falls. test falls in 0 of 10 pairs"),
-        ([360, 360, 360, 360, 300], "**open, leans to it**: falls. test falls in 4 of 10 pairs"),
+        ([360] * 5, "**open**: falls. test falls in 0 of 10 pairs"),
+        ([360, 360, 360, 360, 300], "**open**: falls. test falls in 4 of 10 pairs"),
         ([300, 310, 320, 330, 340], "**contradicted**: falls. test falls in 0 of 10 pairs"),
     ],
 )
@@ -143,6 +179,7 @@ def test_equal_values_are_no_trend(tmp_path: Path, counts: list[int], said: str)
 def test_ranks_of_few_points_are_tested_exactly() -> None:
     """A perfect order of 3 has probability 1/6, whatever Student's t says; of many points both agree."""
     assert rank_correlation([1, 2, 3], [2, 4, 9]) == (pytest.approx(1), pytest.approx(2 / 6))
+    assert rank_correlation(range(8), range(8))[1] == pytest.approx(2 / 40320)  # Student's t would say 0
     assert rank_correlation([1, 2, 3, 4], [9, 7, 5, 4]) == (pytest.approx(-1), pytest.approx(2 / 24))
     assert rank_correlation([1, 1, 2], [1, 2, 2])[1] == pytest.approx(1)  # a tie each: any order is as far from none
     assert rank_correlation(range(8), [0, 1, 2, 3, 5, 4, 7, 6])[1] == pytest.approx(0.00026, rel=0.05)

@@ -14,7 +14,7 @@ from sam_repro.errors import UserError
 from sam_repro.paper import calibrate, rates
 from sam_repro.paper.calibrate import mean_step
 from sam_repro.paper.estimate import cost_of, slower, steps_of
-from sam_repro.paper.rates import Rate, load_rates, loader_rate, passes_of, step_rate
+from sam_repro.paper.rates import Rate, is_named, load_rates, loader_rate, passes_of, step_rate
 from sam_repro.paper.runs import runs_of, unique_runs
 from sam_repro.paper.spec import load_table, parse_table
 
@@ -132,6 +132,16 @@ def test_another_period_is_not_the_same_step(tmp_path: Path) -> None:
     run = ["model=vit_b32", "optim=eigen_sam", "optim.m=64"]
     assert step_rate(compose_config(run), entries) == Rate(5000.0, "measured (h100.json)")
     assert step_rate(compose_config([*run, "optim.k=10"]), entries) is None
+    entries = load_rates("h100", write(tmp_path, entry, STEP | {"period": 1}))
+    scaled = step_rate(compose_config([*run, "optim.k=10"]), entries)
+    assert scaled and scaled.how.startswith("scaled by passes from sam") and scaled.images_per_second < 5000
+    entries = load_rates("h100", write(tmp_path, STEP | {"method": "eigen_sam"}))  # of before periods were timed
+    assert step_rate(compose_config(run), entries) is None
+
+
+def test_hardware_goes_by_any_part_of_its_name() -> None:
+    assert all(is_named("NVIDIA A100-SXM4-80GB", name) for name in ("a100", "A100", "nvidia a100-sxm4-80gb"))
+    assert not is_named("NVIDIA H100 80GB HBM3", "h200")
 
 
 def test_missing_runs_cost_what_the_row_s_finished_ones_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

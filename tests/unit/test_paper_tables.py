@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shlex
 import statistics
 from dataclasses import replace
@@ -16,14 +17,14 @@ from scipy import stats as scipy_stats
 from sam_repro.cli import main
 from sam_repro.config import compose_config
 from sam_repro.config import run_id as run_name
-from sam_repro.ledger import write_row
+from sam_repro.ledger import row_path, write_row
 from sam_repro.optim import METRICS
 from sam_repro.paper.figures import colours_of_series, draw
 from sam_repro.paper.outcome import outcomes, value_of, winners
 from sam_repro.paper.report import Part, assemble
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import Column, load_table, parse_table
-from sam_repro.paper.stats import compare, interval, verdict
+from sam_repro.paper.stats import compare, interval, magnitudes, verdict
 from sam_repro.paper.style import METHODS, spread
 from sam_repro.paper.tables import render
 from sam_repro.summary import curves
@@ -71,6 +72,11 @@ def test_equal_methods_are_not_significant() -> None:
     assert compare({0: 1.0}, {0: 2.0}).words == "not testable with one seed"
     assert compare({0: 0.1, 1: 0.3, 2: 0.7}, {0: 0.2, 1: 0.4, 2: 0.8}).p == 0.25  # equal but for rounding
     assert compare({0: 1.0}, {1: 2.0}) is None
+
+
+@pytest.mark.parametrize(("printed", "word"), [(5.0, "within"), (9.04, "within"), (9.2, "below"), (2.0, "above")])
+def test_sizes_are_judged_by_their_range(printed: float, word: str) -> None:
+    assert verdict(magnitudes([3.0, 5.0, 9.0]), printed) == word
 
 
 def test_a_row_goes_from_pending_to_a_verdict(tmp_path: Path) -> None:
@@ -157,6 +163,24 @@ def test_csv_is_one_line_a_number(ledger: Path, capsys: pytest.CaptureFixture[st
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["n"] for line in lines] == ["3"] * 3
     assert float(lines[0]["mean"]) == pytest.approx(100 * 994 / 1080)
+
+
+def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
+    columns = {"val": {"title": "|s|", "value": "step", "unit": "", "magnitude": True}}
+    row = {"id": "v/sam", "model": "V", "method": "SAM", "overrides": ["optim=sam"]}
+    tree = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": columns, "seeds": 3, "rows": [row]}
+    table = parse_table("t", tree)
+    runs = runs_of(table, table.rows[0])
+    write_rows(tmp_path, runs, [300, 301, 302])
+    for run, size in zip(runs, [-10, 100, -1000], strict=True):
+        path = row_path(tmp_path, run.run_id)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
+    found = outcomes(table, tmp_path)
+    assert "|s|: without its sign (2 of 3 are negative); geometric mean and range over seeds" in render(
+        table, found, "md"
+    )
+    (line,) = csv.DictReader(io.StringIO(render(table, found, "csv")))
+    assert (float(line["mean"]), line["half"], line["low"], line["high"]) == (pytest.approx(100), "", "10.0", "1000.0")
 
 
 def test_tex_escapes_and_html_is_whole(ledger: Path, tmp_path: Path) -> None:
