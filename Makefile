@@ -18,7 +18,7 @@ demo: $(READY) ## train vanilla, SAM and GSAM on real digits; print the table, d
 	$(VENV)/bin/sam-repro figures demo
 
 test: $(READY) ## the whole test suite that needs neither a GPU nor SLURM (under 10 minutes on 2 cores)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the tests that take minutes each
 	$(PYTHON) -m pytest -m slow
