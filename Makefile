@@ -17,7 +17,7 @@ demo: $(READY) ## train vanilla, SAM and GSAM on real digits; print the table, d
 	$(VENV)/bin/sam-repro table demo
 	$(VENV)/bin/sam-repro figures demo
 
-test: $(READY) ## the whole test suite that needs neither a GPU nor SLURM (under 10 minutes on 2 cores)
+test: $(READY) ## the tests that need neither a GPU nor SLURM, but for the slow ones (under 10 minutes on 2 cores)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the tests that take minutes each
@@ -42,7 +42,7 @@ format: $(READY) ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-clean: ## remove the environment and what runs left behind
-	rm -rf $(VENV) runs data
+clean: ## remove the environment; runs/ (weights) and data/ stay
+	rm -rf $(VENV)
 
 .PHONY: help install demo test test-slurm check test-slow test-gpu lint format clean

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU benchmark of this folder, in the order that wastes least of a short slot:
+# The GPU benchmarks of this folder but for peers.py and restart.py, in the order that wastes least of a short slot:
 #
 #   benchmarks/all.sh results/benchmarks [folder with the peers]        (IMAGES=photographs.zip adds the loaders)
 #

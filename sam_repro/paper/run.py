@@ -3,7 +3,7 @@
   sam-repro run demo
   sam-repro run demo --only '*/gsam' --seeds 1 recipe.epochs=5
   sam-repro run demo --budget 9m                       # stop and save after nine minutes; the same command goes on
-  sam-repro run study_cifar study_small --gpus 2 --per-gpu 3 --budget 9m
+  sam-repro run study_cifar study_m --gpus 2 --per-gpu 3 --budget 9m
   sam-repro run plan.tsv                               # the lines of `sam-repro plan`
 
 Tables come in the order given, of each the first seed of every row before the second of any. A finished run is never
