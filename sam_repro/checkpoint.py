@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -155,5 +156,9 @@ def export(model: nn.Module, path: Path, description: dict[str, str]) -> None:
     """The weights under timm's own names, as safetensors: `timm.create_model(...).load_state_dict(load_file(path))`."""
     temporary = path.with_suffix(".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, temporary, metadata=description)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata=description)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # a full disk is safetensors' own error
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not save {path}: {error}; the checkpoint is intact") from error

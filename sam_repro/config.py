@@ -225,6 +225,9 @@ def config_hash(cfg: Config) -> str:
             node = node[part]
         del node[parts[-1]]
     del tree["seed"]
+    start = Path(cfg.init) if cfg.init else None
+    if start and start.parent == Path(cfg.log.runs_dir):  # a run's folder: where runs lie is the machine's business
+        tree["init"] = f"runs/{start.name}"
     told = different(tree, to_dict(Config()))
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 

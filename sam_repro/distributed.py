@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -131,6 +132,9 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     """The device called `name`: "auto" takes this rank's GPU, or the CPU where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if name == "cpu" and wanted and Path("/dev/nvidiactl").exists():
+            raise UserError(f"torch sees no GPU, but CUDA_VISIBLE_DEVICES={wanted}; train.device=cpu is the other way")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("train.device=cuda, but torch sees no GPU here")

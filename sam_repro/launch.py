@@ -16,7 +16,7 @@ from sam_repro import failure
 from sam_repro.config import all_choices, config_dir, explain, refuse_base_files, register_schema, typed
 from sam_repro.config_check import validate
 from sam_repro.errors import RankLost, UserError
-from sam_repro.signals import Interrupted, ignore_signals
+from sam_repro.signals import Interrupted, StopSignal, ignore_signals
 
 
 def typed_overrides() -> list[str]:
@@ -38,6 +38,8 @@ def cli() -> None:
         nonlocal trained
         if refused:  # a multirun ends at its first error
             return
+        if statuses and StopSignal.late:  # the run before was just ending
+            raise Interrupted(128 + StopSignal.late)
         task = list(HydraConfig.get().overrides.task)
         born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
         try:

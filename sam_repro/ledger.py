@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def read_ledger(ledger_dir: str | Path) -> list[Row]:
     return [read_row(path) for path in sorted(Path(ledger_dir).glob("*.json"))]
 
 
+@cache
 def provenance() -> Row:
-    """Commit, dirty flag, versions and CPU of this process: what a number needs to be printed.
+    """Commit, dirty flag, versions and CPU of this process when first asked: what a number needs to be printed.
 
     SAM_REPRO_COMMIT names the commit of a tree that was copied without its history, as into a container.
     """

@@ -98,7 +98,13 @@ class RunLock:
 
     def check(self) -> None:
         """Raise UserError if another process took the run over, as it may after this one was stopped for long."""
-        if read(self.path) != self.me:
+        try:
+            holder = self.path.read_text(errors="replace")
+        except FileNotFoundError:
+            raise UserError(f"{self.path} was removed while this process worked there") from None
+        except OSError:
+            return  # a file server that is away; if it stays away, the save that follows says so
+        if holder != self.me:
             raise UserError(f"another process took {self.path.parent} over while this one did not run")
 
     def release(self) -> None:

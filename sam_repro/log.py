@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -52,12 +53,14 @@ class RunLog:
     def step(self) -> None:
         """One update was made."""
         if self.run_dir is not None:
-            self.bar.update()
+            with contextlib.suppress(OSError):
+                self.bar.update()
 
     def say(self, sentence: str) -> None:
         """A sentence for the person watching."""
         if self.run_dir is not None:
-            tqdm.write(sentence, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+                tqdm.write(sentence, file=sys.stderr)
             self.said = time.monotonic()
 
     def wait(self, doing: str) -> None:
@@ -65,7 +68,7 @@ class RunLog:
         if self.run_dir is None:
             return
         if not self.lines:
-            self.bar.set_postfix_str(doing)
+            self.beside_bar(doing)
         elif time.monotonic() - self.said > SILENCE:
             self.say(doing)
 
@@ -84,15 +87,21 @@ class RunLog:
         if self.lines:
             self.say(f"[{record['step']}/{self.bar.total}] {shown}")
         else:
-            self.bar.set_postfix_str(shown)
+            self.beside_bar(shown)
         if self.tracker is not None:
             self.tracker.log(record["step"], metrics_of(record))
+
+    def beside_bar(self, words: str) -> None:
+        """What stands behind the bar."""
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix_str(words)
 
     def close(self) -> None:
         """Flush everything; once."""
         if self.run_dir is None or self.file.closed:
             return
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
         self.file.close()
         if self.tracker is not None:
             self.tracker.close()

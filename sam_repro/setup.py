@@ -18,6 +18,8 @@ from sam_repro.distributed import Ranks
 from sam_repro.errors import UserError
 from sam_repro.lock import RunLock
 
+THREADS = torch.get_num_threads()  # train.threads=0
+
 
 def use_bf16(dtype: str, device: torch.device) -> bool:
     """Whether the passes run under bf16 autocast."""
@@ -31,8 +33,7 @@ def seed_everything(cfg: Config, ranks: Ranks) -> None:
     """Equal initial weights on all ranks; deterministic algorithms where asked for."""
     torch.manual_seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
-    if cfg.train.threads:
-        torch.set_num_threads(cfg.train.threads)
+    torch.set_num_threads(cfg.train.threads or THREADS)
     torch.use_deterministic_algorithms(cfg.train.deterministic)
     torch.backends.cudnn.benchmark = not cfg.train.deterministic
     if cfg.train.deterministic and ranks.device.type == "cuda":

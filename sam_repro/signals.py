@@ -20,6 +20,8 @@ def ignore_signals() -> None:
 class StopSignal:
     """Remembers SIGTERM, SIGUSR2 (SLURM's warning) or Ctrl-C until the step is over."""
 
+    late: int | None = None  # what the last run heard, perhaps after it had looked for the last time
+
     def __init__(self) -> None:
         self.received: int | None = None
         self.before = {}
@@ -39,5 +41,6 @@ class StopSignal:
 
     def restore(self) -> None:
         """Put the handlers back that were there before."""
+        StopSignal.late = self.received
         for number, handler in self.before.items():
             signal.signal(number, handler)

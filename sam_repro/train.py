@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -50,6 +51,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
     # ---- setup -----------------------------------------------------------------------------------------------
     born = born or time.time()
     validate(cfg)
+    ledger.provenance()  # remembered now, before anybody goes on in the checkout
     name, run_dir = run_id(cfg), Path(cfg.log.runs_dir) / run_id(cfg)
     row_path = ledger.row_path(cfg.log.ledger_dir, name)
     if row_path.exists():
@@ -287,7 +289,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 (run_dir / "model_card.md").write_text(model_card(row))
             path = ledger.write_row(cfg.log.ledger_dir, row)
             log.close()
-            print(report(row, path), file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(report(row, path), file=sys.stderr)
         ranks.finish()
         return row
     except Exception as error:
@@ -298,9 +301,9 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             log.close()  # the next run of this process has its own
         raise
     finally:
-        stop.restore()
         for loader in loaders:
             loader.close()
         if lock is not None:
             lock.release()
         ranks.close()
+        stop.restore()

@@ -15,7 +15,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from sam_repro.errors import UserError
-from sam_repro.ledger import row_path
+from sam_repro.ledger import read_row, row_path
 from sam_repro.paper.runs import Run, unique_runs
 from sam_repro.paper.spec import load_table
 
@@ -54,7 +54,7 @@ def positive_number(text: str) -> float:
 def run(args: Namespace) -> None:
     """Print the plan on stdout and how many lines it has on stderr."""
     names, extra = tables_and_overrides(args.words, "plan")
-    runs = unique_runs(map(load_table, names), seeds=args.seeds, extra=extra).values()
+    runs = unique_runs(map(load_table, names), seeds=args.seeds, extra=extra, ledger=args.ledger).values()
     shown = [r for r in runs if not (args.missing and finished(r, args.ledger))]
     for r in shown:
         print(f"{r.run_id}\t{shlex.join(r.overrides)}")
@@ -72,3 +72,11 @@ def tables_and_overrides(words: list[str], command: str) -> tuple[list[str], lis
 def finished(r: Run, ledger_dir: Path | None = None) -> bool:
     """Whether the ledger has the row of a run; it lies where the run's configuration says, unless given."""
     return row_path(ledger_dir or r.config.log.ledger_dir, r.run_id).exists()
+
+
+def lost_start(r: Run, ledger_dir: Path | None = None) -> str:
+    """Why a run has no weights to start from: the run that was to make them is over, and diverged. Else ''."""
+    if r.after is None or not finished(r.after, ledger_dir):
+        return ""
+    row = read_row(row_path(ledger_dir or r.after.config.log.ledger_dir, r.after.run_id))
+    return "" if row["status"] == "done" else f"{r.after.run_id}, from which it starts, {row['status']}"

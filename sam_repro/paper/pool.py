@@ -20,10 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sam_repro.paper.plan import finished
+from sam_repro.errors import UserError
+from sam_repro.paper.plan import finished, lost_start
 from sam_repro.paper.runs import Run
 from sam_repro.paper.worker import STOPS
 
+FAILURES = 3  # in a row, of different runs: the GPU is at fault, and takes no more of the queue
 GRACE = 45.0  # seconds that runs have to save when the budget is spent
 SHARING = "SAM_REPRO_SHARING"  # how many runs share this one's GPU; sam_repro.train notes it in the row
 
@@ -92,7 +94,8 @@ class Pool:
         budget: float | None = None,
         say: Callable[[str], None] = print,
     ):
-        self.plan, self.ledger_dir, self.limit, self.budget, self.say = plan, ledger_dir, limit, budget, say
+        self.plan, self.known = plan, plan()
+        self.ledger_dir, self.limit, self.budget, self.say = ledger_dir, limit, budget, say
         visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
         names = (visible or [str(i) for i in range(gpus)])[:gpus]
         self.slots = [name for _ in range(per_gpu) for name in names]  # one run on every GPU before a second on any
@@ -101,6 +104,7 @@ class Pool:
         self.changed = threading.Condition()
         self.started: dict[str, float] = {}
         self.at_work: set[str] = set()
+        self.left_out: set[str] = set()
         self.outcomes: dict[str, str] = {}
         self.workers: dict[int, Worker] = {}
         self.stopped_by: int | None = None
@@ -156,12 +160,14 @@ class Pool:
         """Feed one worker."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # workers inherit it; signals to the pool go to its main thread
         worker: Worker | None = None
-        while (r := self.take()) is not None:
+        failures = 0
+        while failures < FAILURES and (r := self.take()) is not None:
             if worker is None:
                 log = Path(r.config.log.runs_dir) / "pool" / f"worker-{number}.log"
                 try:
                     worker = Worker(self.slots[number], self.per_gpu, self.threads, log)
                 except OSError as error:  # no folder for the log, no memory for a process
+                    failures += 1
                     self.finish(r, {"status": "failed", "why": f"no worker could be started: {error}"})
                     continue
                 self.workers[number] = worker
@@ -173,9 +179,22 @@ class Pool:
                 worker = None
             if answer["status"] == "died" and self.leaving:
                 answer = {"status": "stopped", "why": f"it had not saved after {GRACE:.0f} s"}
+            failures = failures + 1 if answer["status"] in ("failed", "died") else 0
             self.finish(r, answer)
+        if failures == FAILURES:
+            self.say(
+                f"worker {number} on GPU {self.slots[number]} takes no more: {FAILURES} runs in a row failed there"
+            )
         if worker is not None:
             worker.close()
+
+    def runs(self) -> list[Run]:
+        """The plan, or the last one that could be read: its files may be at work too, as in a `git pull`."""
+        try:
+            self.known = self.plan()
+        except (UserError, OSError) as error:
+            self.say(f"the plan cannot be read ({error}); going on with the last one")
+        return self.known
 
     def take(self) -> Run | None:
         """The next run that can begin, waiting for one if need be; None when there is nothing more to do."""
@@ -183,9 +202,13 @@ class Pool:
             while True:
                 if self.leaving or self.stopped_by is not None or len(self.started) == self.limit:
                     return None
-                left = [r for r in self.plan() if r.run_id not in self.started and not finished(r, self.ledger_dir)]
+                taken = self.started.keys() | self.left_out
+                left = [r for r in self.runs() if r.run_id not in taken and not finished(r, self.ledger_dir)]
                 for r in left:
-                    if r.after is None or finished(r.after, self.ledger_dir):
+                    if why := lost_start(r, self.ledger_dir):
+                        self.left_out.add(r.run_id)
+                        self.say(f"{r.run_id} is left out: {why}")
+                    elif r.after is None or finished(r.after, self.ledger_dir):
                         self.started[r.run_id] = time.monotonic()
                         self.at_work.add(r.run_id)
                         return r
@@ -198,14 +221,14 @@ class Pool:
         with self.changed:
             self.at_work.discard(r.run_id)
             self.outcomes[r.run_id] = answer["status"]
+            self.changed.notify_all()  # before anything that can fail
             seconds = time.monotonic() - self.started[r.run_id]
             why = f": {answer['why']}" if "why" in answer else ""
             self.say(f"{r.run_id} {answer['status']} after {seconds:.0f} s{why}   {self.tally()}")
-            self.changed.notify_all()
 
     def tally(self) -> str:
         """How far it has come, and how long it may still take."""
-        runs = self.plan()
+        runs = self.runs()
         done = sum(finished(r, self.ledger_dir) for r in runs)
         said = f"{done} of {len(runs)} runs are in the ledger"
         ended = sum(status in ("done", "diverged") for status in self.outcomes.values())

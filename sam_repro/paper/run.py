@@ -14,6 +14,7 @@ worker processes (logs in <runs_dir>/pool/); a run that fails or kills its worke
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
@@ -31,12 +32,13 @@ from typing import Any
 from sam_repro.config import run_id
 from sam_repro.errors import UserError
 from sam_repro.ledger import Row, read_row, row_path
+from sam_repro.lock import Held
 from sam_repro.log import clock
-from sam_repro.paper.plan import finished, positive, tables_and_overrides
+from sam_repro.paper.plan import finished, lost_start, positive, tables_and_overrides
 from sam_repro.paper.runs import Run, compose_once, unique_runs
 from sam_repro.paper.spec import Table, load_table
 from sam_repro.paper.worker import fresh
-from sam_repro.signals import Interrupted
+from sam_repro.signals import Interrupted, StopSignal
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DIVERGED = 3  # train.py's exit code
@@ -114,12 +116,12 @@ def read_plan(path: Path) -> tuple[tuple[str, ...], ...]:
 
 
 def planned(path: Path, extra: list[str]) -> dict[str, Run]:
-    """The runs of a file that `sam-repro plan` wrote."""
+    """The runs of a file that `sam-repro plan` wrote, after those of it whose weights they start from."""
     runs = {}
     for line in read_plan(path):
         config = compose_once((*line, *extra))
         runs[run_id(config)] = Run(run_id(config), (*line, *extra), config)
-    return runs
+    return {name: replace(r, after=runs.get(Path(r.config.init or "").name)) for name, r in runs.items()}
 
 
 class Queue:
@@ -128,7 +130,7 @@ class Queue:
     def __init__(self, runs: list[Run], queue: list[Run], ledger_dir: Path | None, budget: float | None):
         self.runs, self.queue, self.ledger_dir, self.budget = runs, queue, ledger_dir, budget
         self.stopped_by: int | None = None
-        self.spent = False
+        self.spent = self.busy = False
 
     def work(self) -> int:
         """Run until the queue is empty, a signal comes or the budget is spent."""
@@ -153,12 +155,21 @@ class Queue:
             if self.spent:  # also where the signal came too late for a run that was just ending
                 self.stopped_by = signal.SIGUSR2
             if self.stopped_by is None:
+                if why := lost_start(r, self.ledger_dir):
+                    say(f"{r.run_id} is left out: {why}")
+                    continue
                 say(f"({i}/{len(self.queue)}) {r.run_id}{self.eta(i - 1)}")
                 try:
+                    self.busy = True
                     diverged += self.train(main, r)["status"] == "diverged"
+                    self.stopped_by = self.stopped_by or StopSignal.late
                     fresh()
                 except Interrupted as stop:
                     self.stopped_by = int(stop.code or 0) - 128  # pyright: ignore[reportArgumentType]: an int
+                except Held as error:
+                    say(f"{r.run_id} is left out: {error}")
+                finally:
+                    self.busy = False
             if self.stopped_by is not None:
                 why = "the budget is spent" if self.spent else f"stopped by {signal.Signals(self.stopped_by).name}"
                 say(f"{why}: {self.tally()}; the same command goes on from there")
@@ -177,8 +188,10 @@ class Queue:
         return main(r.config, list(r.overrides))
 
     def note(self, number: int, frame: Any) -> None:
-        """A signal between two runs; during a run train.py's own handler takes it."""
+        """A signal between two runs, or as one starts; once it trains, train.py's own handler takes it."""
         self.stopped_by = number
+        if self.busy:
+            raise Interrupted(128 + number)
 
     def spend(self) -> None:
         """End of the budget: the same signal that SLURM sends before it ends a job."""
@@ -216,4 +229,5 @@ def kind_of(run_id: str) -> str:
 
 def say(sentence: str) -> None:
     """A line for the person watching; stdout stays free for what other programs read."""
-    print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone ends no queue
+        print(sentence, file=sys.stderr, flush=True)

@@ -6,15 +6,19 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from sam_repro.cli import main
+from sam_repro.errors import UserError
 from sam_repro.ledger import read_ledger
 from sam_repro.paper import pool
-from sam_repro.paper.runs import unique_runs
+from sam_repro.paper.runs import Run, unique_runs
 from sam_repro.paper.spec import load_table
 
 TINY = ["debug=tiny", "model=vit_s32", "train.device=cpu", "train.threads=1", "recipe.batch_size=16"]
@@ -119,6 +123,59 @@ def test_workers_that_cannot_start_fail_their_runs(tmp_path: Path, capsys: pytes
     name = table(tmp_path, "t", methods("vanilla", "sam"))
     assert main(["run", name, "--per-gpu", "2"]) == 1
     assert capsys.readouterr().err.count("failed after 0 s: no worker could be started") == 2
+
+
+class FakeWorker:
+    """A GPU of which every run fails at once, and one whose runs take a moment."""
+
+    process = SimpleNamespace(poll=lambda: 0)
+
+    def __init__(self, gpu: str, *_):
+        self.gpu = gpu
+
+    def do(self, task: dict) -> dict[str, str]:
+        if self.gpu == "1":
+            return {"status": "failed", "why": "uncorrectable ECC error"}
+        time.sleep(0.3)
+        Path(task["ledger"], task["overrides"][0] + ".json").write_text("{}")
+        return {"status": "done"}
+
+    def stop(self, number: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def fake_runs(tmp_path: Path, count: int) -> list[Run]:
+    config: Any = SimpleNamespace(log=SimpleNamespace(runs_dir=str(tmp_path), ledger_dir=str(tmp_path)))
+    return [Run(f"r{i}", (f"r{i}",), config) for i in range(count)]
+
+
+def test_a_broken_gpu_does_not_eat_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "Worker", FakeWorker)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runs, said = fake_runs(tmp_path, 8), []
+    queue = pool.Pool(lambda: runs, gpus=2, per_gpu=1, ledger_dir=tmp_path, say=said.append)
+    assert queue.work() == 1
+    assert sorted(queue.outcomes.values()) == ["done"] * 5 + ["failed"] * 3
+    assert "worker 1 on GPU 1 takes no more: 3 runs in a row failed there" in said
+
+
+def test_a_plan_that_cannot_be_read_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "Worker", FakeWorker)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = fake_runs(tmp_path, 2)
+    runs, said, asked = [first, replace(second, after=first)], [], []
+
+    def plan() -> list[Run]:
+        asked.append(1)
+        if len(asked) in (4, 5, 6):  # while the first run ends and the second waits for it
+            raise UserError("half a file")
+        return runs
+
+    queue = pool.Pool(plan, gpus=1, per_gpu=2, ledger_dir=tmp_path, say=said.append)
+    monkeypatch.setattr(pool, "lost_start", lambda *_: "")  # the fake rows have no status
+    assert queue.work() == 0
+    assert queue.outcomes == {"r0": "done", "r1": "done"} and any("half a file" in sentence for sentence in said)
 
 
 def test_a_row_takes_the_winner_of_a_sweep_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

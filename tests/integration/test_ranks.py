@@ -141,7 +141,7 @@ def test_ranks_whose_arithmetic_differs_look_for_eigenvalues_together():
 
 
 def test_the_log_says_which_rank_is_slow(tmp_path):
-    ranks = start_ranks(tmp_path, "recipe.steps=9", faults=("", "sleep 300"))
+    ranks = start_ranks(tmp_path, "recipe.steps=9", faults=("", "sleep 600"))
     assert [r.end() for r in ranks] == [0, 0], ranks[0].output
     logged = [r for r in read_log(only(tmp_path, "runs/tiny/vit*/log.jsonl")) if "eval" not in r]
     assert [r["slowest_rank"] for r in logged[1:]] == [1, 1] and logged[1]["lag_seconds"] > 0.2

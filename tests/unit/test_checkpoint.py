@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sam_repro import checkpoint
 from sam_repro.errors import UserError
@@ -127,3 +129,16 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     checkpoint.write_json(path.with_suffix(".json"), record)
     with pytest.raises(UserError, match="can be read"):
         load(tmp_path)
+
+
+def test_an_export_that_the_disk_refuses_is_one_sentence(tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="could not save .*No space left on device; the checkpoint is intact"):
+        checkpoint.export(torch.nn.Linear(2, 2), tmp_path / "model.safetensors", {})
+    assert not list(tmp_path.iterdir())

@@ -82,6 +82,11 @@ def test_run_id_is_what_and_not_where():
     assert run_id(same) == run_id(one)
     assert run_id(compose_config(["model=vit_b32", "optim=gsam", "seed=1"])) == run_id(one).replace("-s0-", "-s1-")
     assert config_hash(compose_config(["model=vit_b32", "optim=gsam", "optim.m=32"])) != config_hash(one)
+    here, there, other = (
+        compose_config(["model=vit_b32", f"log.runs_dir={runs}", f"init={start}"])
+        for runs, start in (("runs", "runs/a-run"), ("/scratch/runs", "/scratch/runs/a-run"), ("/scratch", "w/a-run"))
+    )
+    assert run_id(here) == run_id(there) != run_id(other)
 
 
 def test_typos_name_the_nearest_key():

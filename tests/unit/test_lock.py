@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -95,6 +96,18 @@ def test_of_many_that_take_over_one_wins(tmp_path):
         for _ in range(8)
     ]
     assert sorted(p.communicate(timeout=60)[0].strip() for p in racers) == ["mine"] + ["refused"] * 7
+
+
+def test_a_server_that_is_away_is_no_other_holder(tmp_path, monkeypatch):
+    lock = RunLock(tmp_path)
+    with monkeypatch.context() as away:
+        away.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+        lock.check()
+    lock.check()
+    (tmp_path / "lock").unlink()
+    with pytest.raises(ValueError, match="was removed while"):
+        lock.check()
+    lock.release()
 
 
 def test_who_lost_the_run_notices(tmp_path):

@@ -9,16 +9,21 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from paper_rows import fake_row
 
 from sam_repro import ledger
 from sam_repro.cli import main
 from sam_repro.config import Config, run_id
+from sam_repro.lock import Held
+from sam_repro.paper import runs
 from sam_repro.paper.run import duration
 from sam_repro.paper.runs import Run
-from sam_repro.signals import Interrupted
+from sam_repro.paper.spec import load_table
+from sam_repro.signals import Interrupted, StopSignal
 
 Trained = list[str]
+SAM = {"id": "v/sam", "model": "V", "method": "SAM", "overrides": ["optim=sam"]}
 
 
 @pytest.fixture
@@ -31,6 +36,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
         names.append(name)
         if "-sam-s1" in name and os.environ.get("STOP"):
             raise Interrupted(128 + signal.SIGTERM)
+        if "-sam-s1" in name and os.environ.get("EARLY"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop = StopSignal()
+        if "-sam-s1" in name and os.environ.get("LATE"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.restore()
+        if "-sam-s1" in name and os.environ.get("HELD"):
+            raise Held("another process is at work")
         status = "diverged" if "-sam-s0" in name and os.environ.get("DIVERGE") else "done"
         row = fake_row(Run(name, tuple(overrides), cfg), 300, status=status)
         ledger.write_row(cfg.log.ledger_dir, row)
@@ -85,6 +98,38 @@ def test_durations() -> None:
     assert [duration(t) for t in ("90s", "9m", "2h", "45", "1.5d")] == [90, 540, 7200, 45, 129600]
     with pytest.raises(Exception, match="not a duration"):
         duration("soon")
+
+
+@pytest.mark.parametrize(("when", "rows"), [("EARLY", 4), ("LATE", 5)])
+def test_a_signal_that_a_run_does_not_hear_ends_the_queue(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, rows: int
+) -> None:
+    """Before it has its own handler, as in CUDA's start; and after its last look, as in its export."""
+    monkeypatch.setenv(when, "1")
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert len(trained) == 5 and len(list(tmp_path.glob("*.json"))) == rows
+    monkeypatch.delenv(when)
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 0
+
+
+def test_a_run_at_work_elsewhere_is_left_out(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("HELD", "1")
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 8 and "is left out: another process" in capsys.readouterr().err
+
+
+def test_a_run_whose_start_diverged_is_left_out(trained: Trained, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("DIVERGE", "1")
+    tuned = {"id": "v/tuned", "model": "V", "method": "SAM", "overrides": ["optim=vanilla"], "after": "start:v/sam"}
+    head = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": {"val": {"title": "v"}}, "seeds": 1}
+    for name, rows in (("start", [SAM]), ("t", [SAM, tuned])):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(head | {"rows": rows}))
+    tables = {name: load_table(str(tmp_path / f"{name}.yaml")) for name in ("start", "t")}
+    monkeypatch.setattr(runs, "load_table", tables.get)
+    assert main(["run", str(tmp_path / "t.yaml"), "--ledger", str(tmp_path)]) == 3
+    assert len(trained) == 1 and "from which it starts, diverged" in capsys.readouterr().err
 
 
 def test_a_spent_budget_ends_the_queue_after_the_run_it_met(trained: Trained, tmp_path: Path, capsys) -> None:
