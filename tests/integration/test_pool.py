@@ -72,7 +72,7 @@ def test_a_spent_budget_saves_and_the_same_command_goes_on(tmp_path: Path, capsy
     name = table(tmp_path, "t", methods("sam"), "recipe.steps=100000", "optim.m=4")  # never done in time
     assert main(["run", name, "--per-gpu", "1", "--budget", "15s"]) == 0
     assert "the budget is spent: 1 runs save" in capsys.readouterr().err
-    assert not (tmp_path / "ledger").exists() and list((tmp_path / "runs").glob("*/step-*.pt"))
+    assert not rows(tmp_path) and list((tmp_path / "runs").glob("*/step-*.pt"))
     assert main(["run", name, "--per-gpu", "1", "--budget", "15s"]) == 0
     assert "resumed at step" in (tmp_path / "runs" / "pool" / "worker-0.log").read_text()
 
