@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import sys
@@ -289,8 +288,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 (run_dir / "model_card.md").write_text(model_card(row))
             path = ledger.write_row(cfg.log.ledger_dir, row)
             log.close()
-            with contextlib.suppress(OSError):
-                print(report(row, path), file=sys.stderr)
+            log.say(report(row, path))
         ranks.finish()
         return row
     except Exception as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from sam_repro.paper.rates import benchmarks_dir
+from sam_repro.paper.rates import stored
 from sam_repro.paper.stats import compare, interval
+from sam_repro.paper.tables import spread_of
 
 PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))
 HEAD = "ours | peer | ours, % | peer, % | difference | ms a step | peer / ours | seconds (first seed)"
@@ -16,8 +16,7 @@ HEAD = "ours | peer | ours, % | peer, % | difference | ms a step | peer / ours |
 
 def load(folder: Path | None = None) -> list[dict[str, Any]]:
     """The stored results, by file name."""
-    paths = sorted((folder or benchmarks_dir()).glob("*peers*.json"))
-    return [tree for tree in map(json.loads, (path.read_text() for path in paths)) if tree.get("kind") == "peers"]
+    return [tree for _, tree in stored(folder, "runs") if tree.get("kind") == "peers"]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -31,10 +30,9 @@ def table(result: dict[str, Any]) -> str:
         accuracy = [{s: 100 * r["correct"] / r["total"] for s, r in runs.items()} for runs in (ours, peer)]
         tested = compare(accuracy[1], accuracy[0])
         assert tested is not None
-        means = [interval(list(a.values())) for a in accuracy]
         p = "" if tested.p is None else f", p = {tested.p:.2g}"
         step = [statistics.median(r["steady_ms"] for r in runs.values()) for runs in (ours, peer)]
-        cells = [*names, *(f"{m.mean:.2f}" + (f" ± {m.half:.2f}" if m.half is not None else "") for m in means)]
+        cells = [*names, *(spread_of(interval(list(a.values())), 2) for a in accuracy)]
         cells += [f"{tested.difference:+.2f} (n = {tested.n}{p})", f"{step[0]:.2f}, {step[1]:.2f}"]
         cells += [f"{step[1] / step[0]:.3f}", ", ".join(map(seconds, (ours, peer)))]
         lines.append(f"| {' | '.join(cells)} |")
