@@ -95,10 +95,12 @@ def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, l
     """An empty figure of n panels with title and provenance."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, n, figsize=(max(6.4, 4.1 * n + 0.6), 3.5), squeeze=False)
+    inches = max(6.4, 4.1 * n + 0.6)
+    figure, axes = plt.subplots(1, n, figsize=(inches, 3.5), squeeze=False)
     figure.subplots_adjust(wspace=0.5, top=0.77, bottom=0.2)
     left = axes[0][0].get_position().x0
-    figure.text(left, 0.99, table.title, fontsize=13, fontweight="bold", va="top")
+    size = min(13, 130 * (0.95 - left) * inches / len(table.title))  # a long title in smaller letters, not a wider page
+    figure.text(left, 0.99, table.title, fontsize=size, fontweight="bold", va="top")
     p, said = provenance_of(found), "no run yet"
     if p is not None:
         seeds = f"mean and 95 % interval over seeds {', '.join(map(str, p.seeds))}" if len(p.seeds) > 1 else "one seed"

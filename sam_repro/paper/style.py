@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,15 +82,19 @@ def logarithmic(ax: Axes, which: str) -> None:
     ax.set(**{f"{which}scale": "log"})
     axis = ax.xaxis if which == "x" else ax.yaxis
 
-    def plain(value: float, _: int | None = None) -> str:
+    def plain(value: float) -> str:
         return f"{value:,.0f}" if value >= 2 else f"{value:g}"
 
-    def between(value: float, _: int | None = None) -> str:
+    def major(value: float, _: int) -> str:
+        low, high = axis.get_view_interval()
+        return plain(value) if high < 200 * low or math.log10(value).is_integer() else ""
+
+    def between(value: float, _: int) -> str:
         low, high = axis.get_view_interval()
         return plain(value) if high < 5 * low else ""
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_major_formatter(FuncFormatter(major))
     axis.set_minor_locator(LogLocator(subs=(1.5, 3, 7), numticks=8))
     axis.set_minor_formatter(FuncFormatter(between))
 
