@@ -32,28 +32,54 @@ LOADER_SECONDS = 10.0
 
 
 def calibrate(tables: list[Table], gpu: str) -> Path:
-    """Measure one run of each (model, method, m) and each data set; write and return the JSON file."""
+    """Measure one run of each (model, method, m) and each data set; return the JSON file, written after each of them.
+
+    What the file held of this hardware and is not measured again stays, under the commit and date it was made at.
+    """
     runs = unique_runs(tables, seeds=1).values()
     kinds = {(r.config.model.name, r.config.optim.name, r.config.optim.m): r.config for r in runs}
-    entries: list[Entry] = []
+    path = benchmarks_dir() / f"calibration-{gpu}.json"
     hardware = ""
     for i, cfg in enumerate(kinds.values(), 1):
         print(f"({i}/{len(kinds)}) step of {cfg.model.name} with {cfg.optim.name}", file=sys.stderr)
         entry, hardware = measure_step(cfg)
         fresh()
-        entries.append(entry)
+        store(path, entry, {"hardware": hardware, "gpu": gpu})
     for name, cfg in {cfg.data.name: cfg for cfg in kinds.values()}.items():
         print(f"loader of {name}", file=sys.stderr)
         try:
-            entries.append(measure_loader(cfg))
+            store(path, measure_loader(cfg), {"hardware": hardware, "gpu": gpu})
         except UserError as error:
             print(f"not measured: {error}", file=sys.stderr)
-    tree = {"hardware": hardware, "gpu": gpu, "date": time.strftime("%Y-%m-%d"), **ledger.provenance()}
-    path = benchmarks_dir() / f"calibration-{gpu}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree | {"entries": entries}, indent=1) + "\n")
     print(path, file=sys.stderr)
     return path
+
+
+SUBJECT = (
+    "kind",
+    "model",
+    "method",
+    "m",
+    "image_size",
+    "period",
+    "data",
+)  # two entries equal in these replace each other
+
+
+def store(path: Path, entry: Entry, machine: dict[str, str]) -> None:
+    """Put an entry in the place of the older one of the same subject; a file of other hardware is begun anew."""
+    older: list[Entry] = []
+    if path.is_file():
+        tree = json.loads(path.read_text())
+        if tree["hardware"] == machine["hardware"]:
+            made = {k: tree[k] for k in ("commit", "date")}
+            older = [made | e for e in tree["entries"] if any(e.get(k) != entry.get(k) for k in SUBJECT)]
+    now = {"date": time.strftime("%Y-%m-%d"), **ledger.provenance()}
+    entries = [*older, {k: now[k] for k in ("commit", "date")} | entry]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(machine | now | {"entries": entries}, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def measure_step(cfg: Config) -> tuple[Entry, str]:

@@ -163,8 +163,21 @@ def test_calibration_measures_every_kind_of_step(tmp_path: Path, monkeypatch: py
     base = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": {"val": {"title": "t"}}, "seeds": 1}
     rows = [{"id": f"v/{m}", "model": "V", "method": m, "overrides": [f"optim={m}"]} for m in ("vanilla", "eigen_sam")]
     table = parse_table("t", base | {"rows": rows})
+    calibrate.store(tmp_path / "calibration-here.json", {"kind": "loader", "data": "old"}, {"hardware": "another"})
     path = calibrate.calibrate([table], "here")
-    steps = [e for e in json.loads(path.read_text())["entries"] if e["kind"] == "step"]
+    entries = json.loads(path.read_text())["entries"]
+    assert "old" not in [e.get("data") for e in entries]
+    steps = [e for e in entries if e["kind"] == "step"]
     assert [(e["method"], e["period"]) for e in steps] == [("vanilla", 1), ("eigen_sam", 100)]
     costs = [cost_of(runs_of(table, row)[0], load_rates("here")) for row in table.rows]
     assert costs[1].hours > 1.2 * costs[0].hours > 0  # two passes instead of one
+
+
+def test_a_calibration_keeps_what_it_does_not_measure_again(tmp_path: Path) -> None:
+    path, machine = tmp_path / "calibration-here.json", {"hardware": "GPU", "gpu": "here"}
+    step = {"kind": "step", "model": "v", "method": "sam", "m": 4, "images_per_second": 1.0}
+    for entry in (step, step | {"m": 8}, step | {"images_per_second": 2.0}):
+        calibrate.store(path, entry, machine)
+    assert [(e["m"], e["images_per_second"]) for e in load_rates("here", tmp_path)] == [(8, 1.0), (4, 2.0)]
+    calibrate.store(path, step, machine | {"hardware": "other GPU"})
+    assert [e["m"] for e in load_rates("here", tmp_path)] == [4]
