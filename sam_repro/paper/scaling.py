@@ -11,6 +11,8 @@ from sam_repro.paper.style import PALETTE, RC, SOFT, save
 Result = dict[str, Any]
 BUS = 329e9  # bytes/s: bus bandwidth of an all-reduce of 1 GiB on two H100 of one host, measured outside this project
 
+ORDER = ("vanilla", "sam", "gsam")
+
 
 def load(folder: Path | None = None) -> list[Result]:
     """The results of benchmarks/scaling.py, by file name."""
@@ -37,9 +39,9 @@ def with_predictions(entries: list[Result]) -> list[Result]:
     return found
 
 
-def key(entry: Result) -> tuple[str, str, int]:
+def key(entry: Result) -> tuple[str, str, int, str]:
     """What is compared over numbers of GPUs."""
-    return entry["model"], entry["method"], entry["m"]
+    return entry["model"], entry["method"], entry["m"], entry["reduce"]
 
 
 def table(results: list[Result]) -> str:
@@ -80,19 +82,20 @@ def draw(results: list[Result], stem: Path) -> list[Path]:
 
     entries = [e for r in results for e in with_predictions(r["entries"]) if e["reduce"] == "fp32"]
     models = list(dict.fromkeys(e["model"] for e in entries))
+    parties = sorted({(e["method"], e["m"]) for e in entries}, key=lambda p: (ORDER.index(p[0]), -p[1]))
     with matplotlib.rc_context(RC):
         figure, axes = plt.subplots(1, len(models), figsize=(2.9 * len(models), 2.8), sharey=True, squeeze=False)
         for ax, model in zip(axes[0], models, strict=True):
-            lines = dict.fromkeys(key(e) for e in entries if e["model"] == model)
-            for colour, line in zip(PALETTE, lines, strict=False):
-                points = sorted((e for e in entries if key(e) == line), key=lambda e: e["gpus"])
-                gpus = [e["gpus"] for e in points]
-                label = f"{line[1]}, m = {line[2]}"
+            ours = sorted((e for e in entries if e["model"] == model), key=lambda e: e["gpus"])
+            for colour, (method, m) in zip(PALETTE, parties, strict=False):
+                points = [e for e in ours if (e["method"], e["m"]) == (method, m)]
+                gpus, label = [e["gpus"] for e in points], f"{method}, m = {m}"
                 ax.plot(gpus, [100 * e["efficiency"] for e in points], "o-", color=colour, label=label, markersize=4)
                 ax.plot(gpus, [100 * e["predicted_efficiency"] for e in points], "--", color=colour, linewidth=1)
             ax.plot([], [], "--", color=SOFT, linewidth=1, label="predicted")
             ax.set_xscale("log", base=2)
-            ax.set_xticks(gpus, [str(n) for n in gpus])
+            numbers = sorted({e["gpus"] for e in ours})
+            ax.set_xticks(numbers, [str(n) for n in numbers])
             ax.set_title(model)
             ax.set_xlabel("GPUs")
         axes[0][0].set_ylabel("% of N times one GPU")
