@@ -31,7 +31,8 @@ model's step is mostly calls, some for every parameter in the peers' code; how f
 table of speeds in the checkout's README. In brackets the first seed's seconds: only there something is compiled for the
 first time, and not for a party that another has compiled it for. Where n = 2, the peer's last run was cut off."""
 COST = """Hours of finished runs beside what `sam-repro estimate` says of them, from speeds measured with one run alone
-on the processor. Estimates leave out compiling, evaluation and checkpoints; runs on one GPU fill each other's gaps."""
+on the processor. Estimates leave out compiling, evaluation and checkpoints, which is most of a run of a minute; several
+runs on one GPU fill each other's gaps."""
 
 
 def overview(parts: list[Part], more: list[str], drawn: set[str]) -> str:

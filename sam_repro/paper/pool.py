@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.errors import UserError
+from sam_repro.log import clock
 from sam_repro.paper.plan import finished, lost_start
 from sam_repro.paper.runs import Run
 from sam_repro.paper.worker import STOPS
@@ -103,6 +105,7 @@ class Pool:
         self.threads = max(1, len(os.sched_getaffinity(0)) // len(self.slots))
         self.changed = threading.Condition()
         self.started: dict[str, float] = {}
+        self.took: list[float] = []  # seconds of the runs that ended
         self.at_work: set[str] = set()
         self.left_out: set[str] = set()
         self.outcomes: dict[str, str] = {}
@@ -223,6 +226,8 @@ class Pool:
             self.outcomes[r.run_id] = answer["status"]
             self.changed.notify_all()  # before anything that can fail
             seconds = time.monotonic() - self.started[r.run_id]
+            if answer["status"] in ("done", "diverged"):
+                self.took.append(seconds)
             why = f": {answer['why']}" if "why" in answer else ""
             self.say(f"{r.run_id} {answer['status']} after {seconds:.0f} s{why}   {self.tally()}")
 
@@ -231,8 +236,9 @@ class Pool:
         runs = self.runs()
         done = sum(finished(r, self.ledger_dir) for r in runs)
         said = f"{done} of {len(runs)} runs are in the ledger"
-        ended = sum(status in ("done", "diverged") for status in self.outcomes.values())
-        if ended and done < len(runs):
-            left = (time.monotonic() - self.begun) / ended * (len(runs) - done)
-            said += f", about {left:.0f} s left at this pace"
+        to_go = len(runs) - done
+        if self.took and to_go:
+            usual = statistics.fmean(self.took)
+            behind = sum(min(usual, time.monotonic() - self.started[i]) for i in self.at_work)  # of those at work
+            said += f", about {clock((to_go * usual - behind) / min(to_go, len(self.slots)))} left"
         return said
