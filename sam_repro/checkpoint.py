@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def save(run_dir: Path, state: dict[str, Any], *, step: int, config_hash: str, s
         temporary.unlink(missing_ok=True)
         why = os.strerror(errno.ENOSPC) if full else error
         raise UserError(f"could not save {path}: {why}; the checkpoints before it are intact") from error
-    prune(run_dir)
+    prune(run_dir, step)
     return path
 
 
@@ -86,9 +87,12 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def prune(run_dir: Path) -> None:
-    """Remove all but the newest KEEP checkpoints and the best one, and what dead saves left behind."""
-    known = [r for r in records(run_dir) if "step" in r]
+def prune(run_dir: Path, step: int) -> None:
+    """Remove all but the newest KEEP checkpoints up to `step` and the best one, and what dead saves left behind.
+
+    A later one than the one just saved is damaged: the run has gone back behind it.
+    """
+    known = [r for r in records(run_dir) if r.get("step", math.inf) <= step]
     scored = [r for r in known if r.get("score") is not None]
     keep = known[-KEEP:] + ([max(scored, key=lambda r: r["score"])] if scored else [])
     names = {r["path"].stem for r in keep}

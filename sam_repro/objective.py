@@ -92,13 +92,14 @@ def gradient_step(
         part, rest = divmod(local_batch, o.inner_parts)
         if rest:
             raise UserError(f"optim.inner_parts={o.inner_parts} does not divide the batch of {local_batch} a process")
-    if o.perturb == "none" and not buffers:  # the mean gradient does not depend on the groups
+    stochastic = draws_numbers(model)
+    if o.perturb == "none" and not buffers and (not stochastic or part % (m or part)):
+        # the mean gradient does not depend on the groups; random numbers do, which are drawn a group
         m = max(d for d in range(1, min(part, VANILLA_GROUP) + 1) if part % d == 0)
     if o.kind == "entropy_sgd" and part % (m or part):
         raise UserError(f"optim.m={m} does not divide the {part} images of an inner step")
     if part % (m or part):
         raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} a process")
-    stochastic = draws_numbers(model)
     compiled = ranks.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
     peers = {
         "all_reduce": ranks.reduce_gradient_ if ranks.world > 1 else None,

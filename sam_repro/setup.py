@@ -79,6 +79,9 @@ def split_batch(cfg: Config, world: int) -> int:
         most = cfg.recipe.batch_size // cfg.optim.m
         hint = f"; recipe.batch_size={cfg.recipe.batch_size} is enough for {most} of them" if 0 < most < world else ""
         raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process{hint}")
+    if cfg.augment.mixup and (cfg.optim.m == 1 or local % (cfg.optim.m or local)):
+        why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {local} images a process"
+        raise UserError(f"augment.mixup mixes within groups of optim.m={cfg.optim.m} images, which {why}")
     return local
 
 

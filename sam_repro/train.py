@@ -197,7 +197,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
                 hide = {"side": cfg.augment.cutout, "mean": cfg.data.mean, "first": ranks.rank * local_batch}
                 images = cutout(images, **hide, seed=cfg.seed, step=done)
             if cfg.augment.mixup:
-                mix = {"p": cfg.augment.mixup, "classes": cfg.data.num_classes, "m": math.gcd(cfg.optim.m, local_batch)}
+                mix = {"p": cfg.augment.mixup, "classes": cfg.data.num_classes, "m": cfg.optim.m or local_batch}
                 images, labels = mixup(images, labels, **mix, seed=cfg.seed, step=done, rank=ranks.rank)
             totals += step(images, labels, rho=rho, seed=step_seed(cfg.seed, done))
             if cfg.recipe.clip:

@@ -56,6 +56,8 @@ def build_base(
         known = f"sgd, adam, adamw, adabelief, or a class of torch.optim ({', '.join(sorted(classes))})"
         raise ValueError(f"unknown base optimizer '{name}': {known}")
     taken = inspect.signature(cls).parameters
+    if isinstance(getattr(taken.get("eps"), "default", None), tuple):  # Adafactor's two are of another kind
+        del options["eps"]
     if name in ("sgd", "adam", "adamw") and all(p.is_cuda for group in groups for p in group["params"]):
         options["fused"] = True
     return cls(groups, **{key: value for key, value in options.items() if key in taken})

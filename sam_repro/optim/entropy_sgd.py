@@ -74,7 +74,8 @@ class EntropySGD(GradientStep):
         size = len(batch[0])
         if size % self.parts:
             raise ValueError(f"{self.parts} parts do not divide the local batch of {size}")
-        chunks = list(zip(*(t.split(size // self.parts) for t in batch), strict=True))
+        # every parts-th image: with any number of ranks the same images make up a part
+        chunks = [[t[i :: self.parts].contiguous() for t in batch] for i in range(self.parts)]
         generator = torch.Generator(self.flat.device).manual_seed(seed)  # the same walk on every rank
         w = [p.detach() for p in self.params]
         torch._foreach_copy_(self.y, w)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,20 @@ class Passes:
         if len(self.replay) < len(self.clean):
             self.set_random_state(self.after)
         self.robust, self.buffers, self.clean = False, [], []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs in the block belongs to neither pass, and leaves no trace."""
+        noted, state = len(self.clean), self.random_state()
+        buffers = [] if self.model is None else [(b, b.clone()) for b in self.model.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            if self.model is not None:
+                self.set_random_state(state)
+            del self.clean[noted:]
 
     def random_state(self) -> list[Tensor]:
         """The states of the host's generator and the current GPU's."""

@@ -185,14 +185,22 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Weights and buffers bitwise as before first_step(). Harmless where nothing is perturbed."""
+        """Weights and buffers bitwise as before first_step(); where nothing is perturbed, forget the clean pass.
+
+        For a batch that is skipped after its clean pass: its random numbers are not for the next one's robust pass.
+        """
         if self.phase == "perturbed":
             torch._foreach_copy_(self.params, self.saved)
             self.passes.leave_robust()
             self.saved, self.phase = [], "clean"
+        else:
+            self.passes.clean.clear()
 
     def _trainable(self) -> Tensors:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _beside(self, tensors: Tensors) -> Tensors:
+        return [t.to(p.device) for t, p in zip(tensors, self._trainable(), strict=True)]
 
     def _perturbation(self, g: Tensors) -> Tensors:
         """eps: one norm over all groups, then each group's radius."""
@@ -250,8 +258,9 @@ class SharpnessAware(torch.optim.Optimizer):
             group.setdefault("rho", rho)
         own = state_dict.get("sharpness_aware", {})
         self.alpha = own.get("alpha", self.alpha)
-        if "perturb" in own:
-            self.perturb.load_state_dict(own["perturb"])  # pyright: ignore[reportFunctionMemberAccess]
+        if "perturb" in own:  # one tensor a parameter, which goes where the parameter is, as torch does with the rest
+            memory = {k: self._beside(v) if isinstance(v, list) else v for k, v in own["perturb"].items()}
+            self.perturb.load_state_dict(memory)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class SAM(SharpnessAware):
@@ -287,13 +296,14 @@ class EigenSAM(SharpnessAware):
     def update_eigenvector(self, loss: Callable[[], Tensor], *, steps: int = 5) -> None:
         """v <- `steps` power iterations on the Hessian of loss(), from the former v. Eigen-SAM paper, Algorithm 1.
 
-        `loss` evaluates the loss without backward(). It runs with unfused attention, which can be differentiated twice.
+        `loss` evaluates the loss without backward(). It runs with unfused attention, which can be differentiated twice;
+        the buffers and random numbers of `model` are put back.
         """
         if steps < 1:
             raise ValueError(f"power iteration takes at least 1 step, not {steps}")
         params = self._trainable()
         v = getattr(self.perturb, "v", None) or [torch.randn_like(p) for p in params]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self.passes.aside(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             g = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True, materialize_grads=True)
             curved = [i for i, gi in enumerate(g) if gi.requires_grad]
             for _ in range(steps):

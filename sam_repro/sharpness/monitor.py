@@ -25,6 +25,7 @@ from sam_repro.sharpness.probe import loss_hessian, probe_batches
 
 TOL = 1e-3  # relative residual of the eigenvalue, whose error is then about 1e-6
 MOST = 60  # products an eigenvalue, and vectors kept meanwhile
+LEAST_RADIUS = 0.01  # of model.sam_rho: below it the gap is rounding
 PAST = 5  # former eigenvectors whose quality is followed
 
 
@@ -99,7 +100,8 @@ class Monitor:
         pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
         v = pair.vectors[0]
         found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
-        rho = rho if rho > 0 else self.cfg.model.sam_rho
+        # a radius that has decayed to nothing would measure the rounding of the loss
+        rho = rho if rho > LEAST_RADIUS * self.cfg.model.sam_rho else self.cfg.model.sam_rho
         gap = sharpness(hessian, rho)
         found |= {key: gap[key] for key in ("rho", "surrogate_gap", "estimate", "first_order")}
         found |= {"alignment": self._alignment(hessian, v, rho), "images": self._count()}

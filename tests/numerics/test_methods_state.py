@@ -110,8 +110,8 @@ class Peers:
         return all_reduce
 
 
-# Threads share the default generator, where dropout would race. Entropy-SGD cuts its parts out of each rank's share.
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "entropy_sgd"])
+# Threads share the default generator, where dropout would race.
+@pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_are_one(method):
     peers, found, models = Peers(2), {}, [network(dropout=0.0) for _ in range(2)]
 

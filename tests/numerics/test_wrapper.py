@@ -162,6 +162,43 @@ def test_update_eigenvector():
         opt.update_eigenvector(lambda: quadratic({"w": w}, H), steps=0)
 
 
+def test_an_estimate_leaves_no_trace_in_the_model():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).double()
+    opt = EigenSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, model=model)
+    x, y = batch()
+    masks = []
+    model[2].register_forward_hook(lambda module, args, out: masks.append(out.detach() == 0))
+    before = [b.clone() for b in model.buffers()]
+    opt.update_eigenvector(lambda: F.cross_entropy(model(x), y), steps=2)
+    assert all(torch.equal(b, old) for b, old in zip(model.buffers(), before, strict=True))
+    two_calls(opt, lambda: F.cross_entropy(model(x), y))
+    assert torch.equal(masks[1], masks[2])
+
+
+def test_a_skipped_batch_is_forgotten():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.1, model=model)
+    x, y = batch()
+    masks = []
+    model[0].register_forward_hook(lambda module, args, out: masks.append(out.detach() == 0))
+    model(x)
+    opt.restore()
+    two_calls(opt, lambda: F.cross_entropy(model(x), y))
+    assert torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize("name", ["eigen", "friendly", "vasso"])
+def test_a_state_goes_where_the_parameters_are(name):
+    w = nn.Parameter(vector(1, 1))
+    opt = SharpnessAware([w], torch.optim.SGD, lr=0.1, rho=0.1, perturb=name)
+    if name == "eigen":
+        opt.perturb.v = [vector(1, 0)]
+    two_calls(opt, lambda: quadratic({"w": w}, H))
+    elsewhere = SharpnessAware([nn.Parameter(w.detach().to("meta"))], torch.optim.SGD, lr=0.1, rho=0.1, perturb=name)
+    elsewhere.load_state_dict(opt.state_dict())
+    assert [t.device.type for ts in elsewhere.perturb.state_dict().values() for t in ts] == ["meta"]
+
+
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
 SHARDS = [vector(1, 1)[None], vector(4, 0.25)[None]]  # Q3: the order of operations shows

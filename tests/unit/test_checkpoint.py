@@ -37,6 +37,16 @@ def test_newest_two_and_the_best_are_kept(tmp_path):
     assert state is not None and state["step"] == 5 and not damaged
 
 
+def test_what_is_saved_after_going_back_behind_damaged_ones_stays(tmp_path):
+    save(tmp_path, 10, score=0.5)
+    for step in (20, 30):
+        save(tmp_path, step).write_bytes(b"")
+    assert load(tmp_path)[0]["step"] == 10
+    save(tmp_path, 12)
+    state, damaged = load(tmp_path)
+    assert state is not None and state["step"] == 12 and not damaged
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     save(tmp_path, 1)

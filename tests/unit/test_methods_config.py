@@ -132,6 +132,11 @@ def job(folder, *overrides: str):
     [
         (["recipe.base=adamww"], "recipe.base: unknown base optimizer 'adamww'"),
         (["recipe.base=LBFGS"], "unknown base optimizer 'LBFGS'"),
+        (
+            ["augment.mixup=0.2", "optim=vanilla", "optim.m=5"],
+            "optim.m=5 images, which does not divide the batch of 16",
+        ),
+        (["augment.mixup=0.2", "optim=vanilla", "optim.m=1"], "optim.m=1 images, which mixes nothing"),
         (["optim=entropy_sgd", "optim.inner_parts=3"], "optim.inner_parts=3 does not divide the batch of 16"),
         (
             ["optim=entropy_sgd", "model=resnet50", "optim.m=8", "optim.inner_parts=4"],
@@ -144,7 +149,7 @@ def test_what_only_the_job_can_know_is_one_sentence_too(override, sentence, tmp_
         job(tmp_path, "model=vit_s32", *override)
 
 
-@pytest.mark.parametrize("base", ["adam", "adabelief", "NAdam"])
+@pytest.mark.parametrize("base", ["adam", "adabelief", "NAdam", "Adafactor"])
 def test_base_optimizers_train(base, tmp_path):
     assert job(tmp_path, "model=vit_s32", "optim=gsam", f"recipe.base={base}", "recipe.steps=2")["status"] == "done"
 

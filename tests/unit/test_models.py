@@ -6,6 +6,7 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -73,8 +74,20 @@ def test_patch_embedding_is_the_convolution(kwargs):
     x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     assert_close(linear(x), convolution(x))
     assert linear.state_dict().keys() == convolution.state_dict().keys()
-    with pytest.raises(ValueError, match="not whole patches"):
-        linear(torch.randn(1, 3, 33, 32, dtype=torch.float64))
+    ragged = torch.randn(1, 3, 33, 46, dtype=torch.float64)
+    assert_close(linear(ragged), convolution(ragged))
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50x1_bit", "convnext_atto"])
+def test_other_models_of_timm_compute_what_they_compute_there(name):
+    """Convolutions that standardise their weights, patches of a map of odd size."""
+    cfg = compose_config(["model=resnet50", f"model.timm={name}"]).model
+    ours = build_model(cfg, num_classes=10, image_size=72).eval()
+    theirs = timm.create_model(name, num_classes=10).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 72, 72)
+    with torch.no_grad():
+        assert_close(ours.forward_features(x), theirs.forward_features(x), rtol=1e-4, atol=1e-4)
 
 
 def test_patch_embedding_is_used_where_patches_are_disjoint():
