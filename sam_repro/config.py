@@ -294,11 +294,16 @@ def nearest(word: str, words: list[str]) -> str:
 
 def no_such_key(key: str) -> str:
     """A sentence with the nearest key that exists, and those of the same group."""
-    known, group = [*fields_of(Config), *groups()], key.partition(".")[0]
-    fuller = [name for name in known if name.startswith(key)]  # optim.rho: optim.rho_max
+    known, (group, _, last) = [*fields_of(Config), *groups()], key.partition(".")
     names = [name.partition(".")[2] for name in known if name.startswith(f"{group}.")]
-    others = f" (keys of {group}: {', '.join(names)})" if names else ""
-    return f"there is no key '{key}'{nearest(key, fuller or known)}{others}"
+    exact = [f"'{name}'" for name in known if name.endswith(f".{key}")]  # lr: recipe.lr
+    if fuller := exact or [f"'{name}'" for name in known if name.startswith(key)]:  # optim.rho: optim.rho_max, ...
+        meant = f"; did you mean {' or '.join(fuller)}?"
+    elif close := difflib.get_close_matches(last, names, n=1, cutoff=0.5):  # without what all of a group begin with
+        meant = f"; did you mean '{group}.{close[0]}'?"
+    else:
+        meant = "" if names else nearest(key, known)
+    return f"there is no key '{key}'{meant}" + (f" (keys of {group}: {', '.join(names)})" if names else "")
 
 
 def no_such_choice(group: str, name: str) -> str:

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sam_repro.config import Config, DataConfig, ModelConfig, nearest, typed
+from sam_repro.config import Config, DataConfig, ModelConfig, choices, compose_config, nearest, typed
 from sam_repro.data.evalsets import SETS, canonical
 from sam_repro.errors import UserError
 
@@ -93,6 +93,9 @@ def load(args: Namespace) -> tuple[Config, nn.Module]:
         customise(cfg.data, args)
         model = build_model(cfg.model, num_classes=cfg.data.num_classes, image_size=cfg.data.image_size)
     elif args.model is not None:
+        if args.model in choices("model"):
+            its = compose_config([f"model={args.model}"]).model.timm
+            raise UserError(f"--model takes timm's names: {args.model} is {its} there")
         if not timm.is_model(args.model):
             raise UserError(f"timm has no model '{args.model}'{nearest(args.model, timm.list_models())}")
         model = timm.create_model(args.model, **({"num_classes": args.num_classes} if args.num_classes else {}))

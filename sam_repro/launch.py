@@ -51,6 +51,10 @@ def cli() -> None:
             statuses.append(main(config, task, born=born)["status"])
         except (UserError, RankLost) as error:
             refused.append(error)
+        except OSError as error:
+            if not failure.is_about_files(error):
+                raise
+            refused.append(error)
 
     def say(sentence: str) -> None:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -74,7 +78,7 @@ def cli() -> None:
     except OSError as error:
         if not failure.is_about_files(error):
             raise
-        print(f"error: {error}; checkpoints are intact, the same command goes on from the newest", file=sys.stderr)
+        print(f"error: {error}; what was saved is intact, the same command goes on from there", file=sys.stderr)
         sys.exit(failure.exit_code(error))
     except KeyboardInterrupt:  # before training began, or a second time while it saves
         print("interrupted", file=sys.stderr)

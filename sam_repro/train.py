@@ -54,8 +54,11 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
     name, run_dir = run_id(cfg), Path(cfg.log.runs_dir) / run_id(cfg)
     row_path = ledger.row_path(cfg.log.ledger_dir, name)
     if row_path.exists():
-        print(f"{name} is {ledger.read_row(row_path)['status']}: {row_path}", file=sys.stderr)
-        return ledger.read_row(row_path)
+        row = ledger.read_row(row_path)
+        root = row["config"]["data"]["root"]
+        where = "" if root == cfg.data.root else f", with the images of data.root={root}"
+        print(f"{name} is {row['status']}: {row_path}{where}", file=sys.stderr)
+        return row
     ranks = init_ranks(cfg.train.device, cfg.train.timeout_minutes)
     lock, log, stop, loaders = None, None, StopSignal(), []
     try:
@@ -116,6 +119,11 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         counts = {}
         state, damaged = find_state(cfg, run_dir, ranks)
         if state is not None:
+            if state.get("manifest", train_loader.manifest) != train_loader.manifest:
+                raise UserError(
+                    f"{run_dir} was begun with other training images (manifest {state['manifest']}; {cfg.data.root} "
+                    f"now: {train_loader.manifest}); give these another data.name, or remove that folder"
+                )
             model.load_state_dict(state["model"])
             base.load_state_dict(state["base"])
             step.load_state_dict(state["method"])
@@ -139,7 +147,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             average_buffers(model, ranks)
             state = {"model": model.state_dict(), "base": base.state_dict(), "method": step.state_dict()}
             state |= {"step": done, "seconds": seconds, "interval": interval, "totals": totals, "counted": counted}
-            state |= {"hours": hours, "sharing": most, "counts": counts}
+            state |= {"hours": hours, "sharing": most, "counts": counts, "manifest": train_loader.manifest}
             if lock is not None:
                 lock.check()
                 checkpoint.save(run_dir, state, step=done, config_hash=config_hash(cfg), score=score)

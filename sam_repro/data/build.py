@@ -220,5 +220,8 @@ def _members(labels: np.ndarray, data: DataConfig, split: str) -> np.ndarray:
     if split == "train":
         return train
     if len(minival) == 0:
-        raise UserError(f"there is no minival: data.train_fraction={data.train_fraction} holds nothing out")
+        raise UserError(
+            f"data.train_fraction={data.train_fraction} holds none of {len(labels)} images out: 1 trains on all of "
+            "them, 0.9 keeps a tenth back to choose on"
+        )
     return minival

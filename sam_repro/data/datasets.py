@@ -124,7 +124,7 @@ class FolderSource:
         if not root.is_dir():
             raise UserError(f"there is no folder {root}")
         self.root = root
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.classes = classes_in(root)
         if not self.classes:
             raise UserError(f"{root} has no class folders")
         self.files: list[str] = []
@@ -203,7 +203,14 @@ def ensure(data: DataConfig) -> None:
     paths = [root / "train.beton", root / "val.beton"]
     if all(path.exists() and manifest_path(path).exists() and read_manifest(path)["tool"] == TOOL for path in paths):
         return
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _write_digits(paths)
+    except OSError as error:
+        raise UserError(f"cannot write data.root={root.absolute()}: {error.strerror or error}") from error
+
+
+def _write_digits(paths: list[Path]) -> None:
     for path, (images, labels) in zip(paths, _digits(), strict=True):
         encoded = ((_jpeg(image), label) for image, label in zip(images, labels, strict=True))
         samples = ((jpeg, DIGITS_SIDE, DIGITS_SIDE, label, False) for jpeg, label in encoded)
@@ -263,7 +270,26 @@ def open_source(data: DataConfig, split: str, batch: int = 0) -> Source:
     ensure(data)
     root = root_of(data)
     source = find_source(root, split)
+    theirs, wrong = class_names(root, "train"), ""
     if len(source.classes) != data.num_classes:
+        wrong = f"{len(source.classes)} classes in {split}, but data.num_classes={data.num_classes}"
+    elif theirs is not None and theirs != source.classes:  # a label is a place in their order
+        odd = sorted(set(theirs) ^ set(source.classes))[:4]
+        wrong = f"other classes in {split} than in train: {', '.join(odd) + ' in one only' if odd else 'another order'}"
+    if wrong:
         source.close()
-        raise UserError(f"{root} has {len(source.classes)} classes in {split}, but data.num_classes={data.num_classes}")
+        raise UserError(f"{root} has {wrong}")
     return source
+
+
+def class_names(root: Path, split: str) -> list[str] | None:
+    """The classes of a split in the order of their labels; None where there is none."""
+    beton = root / f"{split}.beton"
+    if beton.exists():
+        return read_manifest(beton)["classes"]
+    return classes_in(root / split) if (root / split).is_dir() else None
+
+
+def classes_in(folder: Path) -> list[str]:
+    """The names of class folders, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

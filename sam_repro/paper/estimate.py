@@ -94,10 +94,12 @@ def run(args: Namespace) -> None:
             print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price)}")
         print()
     print(summary(total, width, args.gpus, args.price))
-    print(f"  GPU-hours of {args.gpu}; days with {args.gpus} of them at work")
+    if any(cost.hours is not None for cost in total):
+        print(f"  GPU-hours of {args.gpu}; days with {args.gpus} of them at work")
     if any(cost.hours is None for cost in total):
+        some = " for some rows" if entries else ""
         print(
-            f"no measured speed of {args.gpu} for some rows (measured: {', '.join(known_hardware())}): "
+            f"no measured speed of {args.gpu}{some} (measured: {', '.join(known_hardware())}): "
             "`sam-repro estimate ... --calibrate` on such a machine, or --tflops to assume one",
             file=sys.stderr,
         )

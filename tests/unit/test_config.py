@@ -96,6 +96,10 @@ def test_typos_name_the_nearest_key():
         compose_config(["optm=sam"])
     with pytest.raises(UserError, match="did you mean 'optim.rho_m.*keys of optim: name, kind, perturb"):
         compose_config(["optim.rho=0.1"])
+    with pytest.raises(UserError, match="'lr'; did you mean 'recipe.lr'"):
+        compose_config(["lr=1"])
+    with pytest.raises(UserError, match=r"'optim.roh' \(keys of optim"):
+        compose_config(["optim.roh=1"])
     with pytest.raises(UserError, match="there is no key 'optim.rho'"):
         compose_config(["+optim.rho=0.1"])  # Hydra adds it, and nothing would read it
     with pytest.raises(UserError, match="there is no key 'foo'"):

@@ -295,7 +295,7 @@ def test_bad_input_is_one_sentence(root, tmp_path):
         (config(root, num_classes=9), {}, "has 7 classes in train, but data.num_classes=9"),
         (config(root / "folders", num_classes=3), {}, "has 7 classes in train, but data.num_classes=3"),
         (config(root), {"split": "test"}, "there is no split test"),
-        (config(root), {"split": "minival"}, "there is no minival"),
+        (config(root), {"split": "minival"}, "holds none of 203"),
         (config(root, train_fraction=1.5), {}, "train_fraction=1.5"),
         (config(root), {"batch": 500}, "fewer than one batch of 500"),
         (config(root, eval_resize=10), {}, "eval_resize=10 is smaller"),

@@ -46,7 +46,7 @@ def open_betons(root: Path) -> list[str]:
     ("options", "words"),
     [
         ({"num_classes": 3}, "data.num_classes=3"),
-        ({"split": "minival"}, "holds nothing out"),
+        ({"split": "minival"}, "holds none of"),
         ({"train_fraction": 0}, "not in"),
         ({"batch": 9}, "fewer than one batch"),
         ({"decode": "gpu"}, "decode=gpu is impossible"),

@@ -181,3 +181,9 @@ def test_a_calibration_keeps_what_it_does_not_measure_again(tmp_path: Path) -> N
     assert [(e["m"], e["images_per_second"]) for e in load_rates("here", tmp_path)] == [(8, 1.0), (4, 2.0)]
     calibrate.store(path, step, machine | {"hardware": "other GPU"})
     assert [e["m"] for e in load_rates("here", tmp_path)] == [4]
+
+
+def test_hardware_that_nobody_measured_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "demo", "--gpu", "h1o0"]) == 0
+    said = capsys.readouterr()
+    assert "no measured speed of h1o0 (measured: " in said.err and "GPU-hours of h1o0" not in said.out
