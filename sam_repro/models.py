@@ -37,7 +37,7 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
 
     Args:
         num_classes: outputs of the head.
-        image_size: side of the input in pixels; must be a multiple of the patch size.
+        image_size: side of the input in pixels; what is left over beside whole patches is not seen, as in timm.
         loss: "sigmoid" | "softmax".
 
     Raises:

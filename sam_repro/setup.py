@@ -59,14 +59,23 @@ def open_run(cfg: Config, run_dir: Path) -> RunLock:
     return lock
 
 
-def find_state(cfg: Config, run_dir: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest good checkpoint that rank 0 finds, on all ranks, and a sentence for each damaged one."""
+def find_state(cfg: Config, run_dir: Path, ranks: Ranks, *, manifest: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest good checkpoint that rank 0 finds, on all ranks, and a sentence for each damaged one.
+
+    Raises:
+        UserError: if it is of another configuration, or of other training images than those called `manifest`.
+    """
     state, damaged = None, []
     if ranks.main:
         state, damaged = checkpoint.load_newest(run_dir, config_hash=config_hash(cfg), device=ranks.device)
     step = int(ranks.first(state["step"] if state else -1))
     if step >= 0 and not ranks.main:
         state = checkpoint.load_step(run_dir, step, ranks.device)
+    if state is not None and state.get("manifest", manifest) != manifest:
+        raise UserError(
+            f"{run_dir} was begun with other training images (manifest {state['manifest']}; {cfg.data.root} now: "
+            f"{manifest}); give these another data.name, or remove that folder"
+        )
     return state, damaged
 
 

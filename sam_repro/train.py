@@ -117,13 +117,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
         hours = 0.0  # of processors, of shared ones this run's share
         totals, counted = torch.zeros(len(METRICS), device=ranks.device), 0
         counts = {}
-        state, damaged = find_state(cfg, run_dir, ranks)
+        state, damaged = find_state(cfg, run_dir, ranks, manifest=train_loader.manifest)
         if state is not None:
-            if state.get("manifest", train_loader.manifest) != train_loader.manifest:
-                raise UserError(
-                    f"{run_dir} was begun with other training images (manifest {state['manifest']}; {cfg.data.root} "
-                    f"now: {train_loader.manifest}); give these another data.name, or remove that folder"
-                )
             model.load_state_dict(state["model"])
             base.load_state_dict(state["base"])
             step.load_state_dict(state["method"])

@@ -270,7 +270,7 @@ def open_source(data: DataConfig, split: str, batch: int = 0) -> Source:
     ensure(data)
     root = root_of(data)
     source = find_source(root, split)
-    theirs, wrong = class_names(root, "train"), ""
+    theirs, wrong = class_names(root, "train") if split == "val" else None, ""
     if len(source.classes) != data.num_classes:
         wrong = f"{len(source.classes)} classes in {split}, but data.num_classes={data.num_classes}"
     elif theirs is not None and theirs != source.classes:  # a label is a place in their order

@@ -27,7 +27,7 @@ class Passes:
     def enter_robust(self) -> None:
         """The clean pass is over."""
         self.robust, self.after, self.replay = True, self.random_state(), list(self.clean)
-        self.buffers = [] if self.model is None else [(b, b.clone()) for b in self.model.buffers()]
+        self.buffers = self.copies()
 
     def leave_robust(self) -> None:
         """Buffers and generators as the clean pass left them."""
@@ -41,7 +41,7 @@ class Passes:
     def aside(self) -> Iterator[None]:
         """What runs in the block belongs to neither pass, and leaves no trace."""
         noted, state = len(self.clean), self.random_state()
-        buffers = [] if self.model is None else [(b, b.clone()) for b in self.model.buffers()]
+        buffers = self.copies()
         try:
             yield
         finally:
@@ -50,6 +50,10 @@ class Passes:
             if self.model is not None:
                 self.set_random_state(state)
             del self.clean[noted:]
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Each buffer with what it holds now."""
+        return [] if self.model is None else [(b, b.clone()) for b in self.model.buffers()]
 
     def random_state(self) -> list[Tensor]:
         """The states of the host's generator and the current GPU's."""

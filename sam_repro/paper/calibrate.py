@@ -55,15 +55,8 @@ def calibrate(tables: list[Table], gpu: str) -> Path:
     return path
 
 
-SUBJECT = (
-    "kind",
-    "model",
-    "method",
-    "m",
-    "image_size",
-    "period",
-    "data",
-)  # two entries equal in these replace each other
+# Of two entries equal in these the newer one stays.
+SUBJECT = ("kind", "model", "method", "m", "image_size", "period", "data")
 
 
 def store(path: Path, entry: Entry, machine: dict[str, str]) -> None:
