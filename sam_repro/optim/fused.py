@@ -13,6 +13,7 @@ they share the weights, in the robust pass every layer multiplies each group wit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,7 @@ class FusedStep(GradientStep):
         self.v = [torch.zeros_like(w) for w in self.weights] if self.remembers else []
         self.rho = torch.zeros((), device=device)
         if compile:
+            logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)  # a line a batched product
             self.objective = torch.compile(self.objective, dynamic=False)
         self.slots: list[Tensor] = []
         self.work: list[dict[str, Tensor]] = []
