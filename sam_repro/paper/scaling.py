@@ -74,32 +74,44 @@ def one_table(result: Result) -> str:
 
 
 def draw(results: list[Result], stem: Path) -> list[Path]:
-    """Efficiency over the number of GPUs, a panel a model; dashed what the model predicts."""
+    """Efficiency over the number of GPUs, a panel a model, result and precision of the reduction; dashed: predicted."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    entries = [e for r in results for e in with_predictions(r["entries"]) if e["reduce"] == "fp32"]
-    models = list(dict.fromkeys(e["model"] for e in entries))
-    parties = sorted({(e["method"], e["m"]) for e in entries}, key=lambda p: (ORDER.index(p[0]), -p[1]))
+    panels: dict[tuple[int, str], list[Result]] = {}
+    for i, result in enumerate(results):
+        card = result["hardware"].removeprefix("NVIDIA ").split()[0]
+        for e in with_predictions(result["entries"]):
+            panels.setdefault((i, f"{e['model']}, {card}, {e['reduce']}"), []).append(e)
+    parties = {(e["method"], e["m"]) for entries in panels.values() for e in entries}
+    colours = list(zip(PALETTE, sorted(parties, key=lambda p: (ORDER.index(p[0]), -p[1])), strict=False))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(RC):
-        figure, axes = plt.subplots(1, len(models), figsize=(2.9 * len(models), 2.8), sharey=True, squeeze=False)
-        for ax, model in zip(axes[0], models, strict=True):
-            ours = sorted((e for e in entries if e["model"] == model), key=lambda e: e["gpus"])
-            for colour, (method, m) in zip(PALETTE, parties, strict=False):
+        size = (2.9 * columns, 2.8 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for ax in axes.flat[len(panels) :]:
+            ax.axis("off")
+        for ax, ((_, title), entries) in zip(axes.flat, panels.items(), strict=False):
+            ours = sorted(entries, key=lambda e: e["gpus"])
+            for colour, (method, m) in colours:
                 points = [e for e in ours if (e["method"], e["m"]) == (method, m)]
-                gpus, label = [e["gpus"] for e in points], f"{method}, m = {m}"
-                ax.plot(gpus, [100 * e["efficiency"] for e in points], "o-", color=colour, label=label, markersize=4)
+                gpus = [e["gpus"] for e in points]
+                ax.plot(gpus, [100 * e["efficiency"] for e in points], "o-", color=colour, markersize=4)
                 ax.plot(gpus, [100 * e["predicted_efficiency"] for e in points], "--", color=colour, linewidth=1)
-            ax.plot([], [], "--", color=SOFT, linewidth=1, label="predicted")
             ax.set_xscale("log", base=2)
             numbers = sorted({e["gpus"] for e in ours})
             ax.set_xticks(numbers, [str(n) for n in numbers])
-            ax.set_title(model)
+            ax.set_title(title)
             ax.set_xlabel("GPUs")
-        axes[0][0].set_ylabel("% of N times one GPU")
-        axes[0][-1].legend(fontsize=7.5)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("% of N times one GPU")
+        for colour, (method, m) in colours:
+            axes.flat[-1].plot([], [], "o-", color=colour, markersize=4, label=f"{method}, m = {m}")
+        axes.flat[-1].plot([], [], "--", color=SOFT, linewidth=1, label="predicted")
+        axes.flat[-1].legend(fontsize=7.5)
         paths = save(figure, stem)
         plt.close(figure)
     return paths
