@@ -33,7 +33,7 @@ from sam_repro.data import inputs as layouts
 from sam_repro.data import torchvision_inputs
 from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, remove_leftovers, write_beton
 from sam_repro.data.inputs import Inputs
-from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, write_manifest
+from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, read_manifest, write_manifest
 from sam_repro.data.threads import worker_count
 from sam_repro.errors import UserError
 
@@ -181,8 +181,11 @@ def write_dataset(
         raise UserError(f"{src} has {len(classes)} class folders, expected {num_classes}")
     for split, inputs in splits.items():
         if inputs.classes != classes:
-            odd = sorted(set(inputs.classes) ^ set(classes))[0]
-            raise UserError(f"{split} has other class folders than {first}, for example {odd}")
+            raise UserError(f"{split} has other class folders than {first}, for example {odd(inputs.classes, classes)}")
+    for there in (dst / f"{s}.beton" for s in ("train", "val") if s not in splits):
+        if manifest_path(there).exists() and (old := read_manifest(there)["classes"]) != classes:
+            told = f"{there} has other classes than {src}, for example {odd(old, classes)}"
+            raise UserError(f"{told}; write to another folder, or remove that file and its manifest first")
     for split, inputs in splits.items():
         found, whole = (len(inputs.classes), len(inputs.labels)), WHOLE.get(layout, {}).get(split)
         if whole and found != whole:  # allowed, but an unpacking that was cut looks like this
@@ -191,6 +194,12 @@ def write_dataset(
     rule = {"max_side": max_side, "quality": quality, "skip_bad": skip_bad}
     with ThreadPoolExecutor(worker_count(workers, 1)) as pool:
         return {s: _write_split(i, dst / f"{s}.beton", rule, pool, progress) for s, i in splits.items()}
+
+
+def odd(some: list[str], others: list[str]) -> str:
+    """A class of one list alone, or the first that stands elsewhere."""
+    alone = sorted(set(some) ^ set(others))
+    return alone[0] if alone else next(a for a, b in zip(some, others, strict=False) if a != b)
 
 
 def words(classes: int, images: int) -> str:

@@ -136,6 +136,18 @@ def test_bad_folders_are_sentences(folders, tmp_path):
         run(folders, tmp_path / "dst")
 
 
+def test_a_split_alone_is_not_written_beside_one_with_other_classes(folders, tmp_path):
+    run(folders, tmp_path / "dst")
+    before = (tmp_path / "dst" / "train.beton").read_bytes()
+    (folders / "val").rename(tmp_path / "val")
+    (folders / "train" / "cat").rename(folders / "train" / "dog")
+    with pytest.raises(UserError, match="val.beton has other classes than .*, for example cat"):
+        run(folders, tmp_path / "dst")
+    assert (tmp_path / "dst" / "train.beton").read_bytes() == before
+    (folders / "train" / "dog").rename(folders / "train" / "cat")
+    run(folders, tmp_path / "dst")
+
+
 def test_too_small_a_disk_is_noticed_before_writing(folders, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage)
