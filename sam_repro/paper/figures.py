@@ -245,9 +245,10 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     beside = {
         m: 0.7 * ((i + 0.5) / len(methods) - 0.5) for i, m in enumerate(methods)
     }  # so that intervals do not overlap
-    figure.set_figheight(max(3.0, 1.7 + max(0.3, 0.13 * len(methods)) * len(lines)))
-    height = figure.get_figheight()
-    figure.subplots_adjust(wspace=0.12, top=1 - 1.05 / height, bottom=0.75 / height)
+    above, below = (0.7 if one_model else 1.05), 0.65  # inches: the title, the methods' names; ticks, provenance
+    height = max(2.4, above + below + max(0.3, 0.13 * len(methods)) * len(lines))
+    figure.set_figheight(height)
+    figure.subplots_adjust(wspace=0.12, top=1 - above / height, bottom=below / height)
     for ax, column in zip(axes, panels, strict=True):
         ax.set_title(title_of(column, found))
         if column.magnitude:
