@@ -39,11 +39,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam_repro import ledger
-from sam_repro.config import compose_config
-from sam_repro.models import build_model
-from sam_repro.optim.hvp import Hessian
-from sam_repro.sharpness import lanczos
+from sam_repro.config.compose import compose_config
+from sam_repro.curvature import lanczos
+from sam_repro.models.build import build_model
+from sam_repro.optim.hessian import Hessian
+from sam_repro.records import ledger
 
 # (sigma, unit v, products) at a relative residual of `tol`
 Answer = tuple[float, Tensor, int]

@@ -30,12 +30,12 @@ from clock import seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam_repro import ledger
-from sam_repro.config import compose_config
-from sam_repro.distributed import Ranks
-from sam_repro.models import build_model
-from sam_repro.objective import gradient_step
+from sam_repro.config.compose import compose_config
+from sam_repro.distributed.ranks import Ranks
+from sam_repro.models.build import build_model
 from sam_repro.optim import GradientStep, PowerIteration, build_base, decay_groups
+from sam_repro.records import ledger
+from sam_repro.training.method import gradient_step
 
 KINDS = ("reverse", "forward", "reverse-compiled", "forward-compiled")
 KINDS += tuple(f"{kind}-tf32" for kind in KINDS)

@@ -37,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loader_parties
 from loader_parties import PARTIES, available, processor_seconds, synchronise
 
-from sam_repro import ledger
 from sam_repro.data.beton import write_beton
 from sam_repro.data.manifest import write_manifest
+from sam_repro.records import ledger
 
 CLASSES = 10
 FED = ("ours-gpu", "ours-ffcv", "ours-torch", "ffcv", "torchvision-uint8")  # parties of --end-to-end
@@ -185,11 +185,11 @@ def loaders_alone(root: Path, args: argparse.Namespace, save: Callable[[list[dic
 
 def end_to_end(root: Path, args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> None:
     """Training fed by each loader, and by a batch that is resident on the GPU."""
-    from sam_repro.config import compose_config
-    from sam_repro.distributed import Ranks
-    from sam_repro.models import build_model
-    from sam_repro.objective import gradient_step
+    from sam_repro.config.compose import compose_config
+    from sam_repro.distributed.ranks import Ranks
+    from sam_repro.models.build import build_model
     from sam_repro.optim import build_base, decay_groups
+    from sam_repro.training.method import gradient_step
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     names = [n for n in FED if n in available(device) and (not args.parties or n in args.parties)]

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.config.schema import AugmentConfig, DataConfig
 
 SIZE, SCALE, RATIO = 224, (0.05, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,7 +99,7 @@ def keep_stock_ffcv() -> None:
 
 def ours(root: Path, batch: int, workers: int, device: torch.device, **choice: str) -> Batches:
     """This project's loader with a backend or a decoder."""
-    from sam_repro.data.build import build_loader
+    from sam_repro.data.loaders.build import build_loader
 
     classes = len(list((root / "train").iterdir()))
     data = DataConfig(name="benchmark", root=str(root), num_classes=classes, workers=workers, **choice)
@@ -113,7 +113,7 @@ def ours(root: Path, batch: int, workers: int, device: torch.device, **choice: s
 
 def ours_gpu(root: Path, batch: int, workers: int, device: torch.device, *, decoder: str = "") -> Batches:
     """This project's loader with decoding on the GPU, by the decoder that it would choose or by one of them."""
-    from sam_repro.data import gpu_decode
+    from sam_repro.data.images import gpu_decode
 
     if decoder:
         gpu_decode.DECODERS = {decoder: gpu_decode.DECODERS[decoder]}

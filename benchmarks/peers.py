@@ -30,18 +30,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sam_repro import ledger
-from sam_repro.config import Config, compose_config
-from sam_repro.distributed import Ranks, init_ranks
-from sam_repro.evaluate import count_correct
-from sam_repro.models import build_model
-from sam_repro.objective import loss_of
+from sam_repro.config.compose import compose_config
+from sam_repro.config.schema import Config
+from sam_repro.distributed.ranks import Ranks, init_ranks
+from sam_repro.models.build import build_model
+from sam_repro.models.objective import loss_of
 from sam_repro.optim import build_base, decay_groups
 from sam_repro.paper.peers import PAIRS, table
-from sam_repro.paper.worker import fresh
-from sam_repro.schedules import batches, lr_schedule_of
-from sam_repro.setup import hardware, loader_factory, seed_everything, use_bf16
-from sam_repro.train import main as train
+from sam_repro.records import ledger
+from sam_repro.runner.worker import fresh
+from sam_repro.training.evaluate import count_correct
+from sam_repro.training.main import main as train
+from sam_repro.training.schedules import batches, lr_schedule_of
+from sam_repro.training.setup import hardware, loader_factory, seed_everything, use_bf16
 
 INTERVAL = 25  # steps between readings of the clock
 

@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sam_repro import ledger
-from sam_repro.log import read_log
+from sam_repro.records import ledger
+from sam_repro.records.log import read_log
 
 
 def arguments() -> argparse.Namespace:

@@ -80,9 +80,9 @@ def worker(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from sam_repro import ledger
-    from sam_repro.distributed import init_ranks
-    from sam_repro.setup import hardware
+    from sam_repro.distributed.ranks import init_ranks
+    from sam_repro.records import ledger
+    from sam_repro.training.setup import hardware
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     ranks, rows = init_ranks(args.device), []
@@ -133,10 +133,10 @@ def build(name: str, method: str, m: str, reduce: str, args: argparse.Namespace,
     """(the engine, a whole step) of a party."""
     import torch
 
-    from sam_repro.config import compose_config
-    from sam_repro.models import build_model
-    from sam_repro.objective import gradient_step
+    from sam_repro.config.compose import compose_config
+    from sam_repro.models.build import build_model
     from sam_repro.optim import build_base, decay_groups
+    from sam_repro.training.method import gradient_step
 
     words = [f"model={name}", METHODS[method], f"optim.m={m or args.batch}", f"train.reduce={reduce}"]
     words += [f"recipe.batch_size={args.batch * ranks.world}", f"train.device={args.device}"]

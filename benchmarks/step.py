@@ -41,10 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from step_parties import Bench, Party
 
-from sam_repro import ledger
-from sam_repro.distributed import Ranks
-from sam_repro.models import build_model
-from sam_repro.setup import hardware
+from sam_repro.distributed.ranks import Ranks
+from sam_repro.models.build import build_model
+from sam_repro.records import ledger
+from sam_repro.training.setup import hardware
 
 
 def arguments() -> argparse.Namespace:

@@ -9,14 +9,18 @@ import torch
 from timm.layers.attention import Attention
 from torch import nn
 
-from sam_repro.config import Config, compose_config
-from sam_repro.distributed import Ranks
-from sam_repro.layers.attention import ShortAttention
-from sam_repro.layers.pool import StemPool
-from sam_repro.models import PatchLinear, StemConv, build_model
-from sam_repro.objective import gradient_step, loss_of
+from sam_repro.config.compose import compose_config
+from sam_repro.config.schema import Config
+from sam_repro.distributed.ranks import Ranks
+from sam_repro.models.build import build_model
+from sam_repro.models.layers.attention import ShortAttention
+from sam_repro.models.layers.grouped import GroupedLayerNorm, GroupedLinear
+from sam_repro.models.layers.max_pool import StemPool
+from sam_repro.models.layers.patch_linear import PatchLinear
+from sam_repro.models.layers.stem_conv import StemConv
+from sam_repro.models.objective import loss_of
 from sam_repro.optim import build_base, decay_groups
-from sam_repro.optim.grouped import GroupedLayerNorm, GroupedLinear
+from sam_repro.training.method import gradient_step
 
 Party = Callable[[], None]
 

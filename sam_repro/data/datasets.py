@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam_repro.config import DataConfig
+from sam_repro.config.schema import DataConfig
 from sam_repro.data.beton import BetonFile, write_beton
+from sam_repro.data.loaders.batch_order import holdout
 from sam_repro.data.manifest import (
     TOOL,
     check_manifest,
@@ -29,7 +30,6 @@ from sam_repro.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from sam_repro.data.order import holdout
 from sam_repro.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sam_repro.config import DataConfig, nearest
+from sam_repro.config.compose import nearest
+from sam_repro.config.schema import DataConfig
 from sam_repro.data.datasets import FolderSource, Source, ensure, find_source, root_of
 from sam_repro.errors import UserError
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_repro.optim.combine import ratio
-from sam_repro.optim.perturb import inner, squared_norm
-from sam_repro.optim.step import GradientStep
+from sam_repro.optim.combinations import ratio
+from sam_repro.optim.perturbations import inner, squared_norm
+from sam_repro.optim.two_pass import GradientStep
 
 
 class EntropySGD(GradientStep):

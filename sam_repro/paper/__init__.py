@@ -1,1 +1,1 @@
-"""The paper half: tables as data, plans, estimates, results, figures. It never imports torch."""
+"""The papers' half: tables as data, joined with the ledger. It never imports torch."""

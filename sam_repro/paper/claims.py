@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from sam_repro.paper.outcome import Outcome, summary
+from sam_repro.paper.outcomes import Outcome, summary
 from sam_repro.paper.spec import Column, Table
-from sam_repro.paper.stats import LEVEL, compare, interval, log_size
+from sam_repro.paper.statistics import LEVEL, compare, interval, log_size
 
 CERTAIN = ("confirmed", "contradicted")
 EXACT = 7  # points at most whose 5,040 orders are all counted

@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from sam_repro.paper.rates import stored
-from sam_repro.paper.stats import compare, interval
-from sam_repro.paper.tables import spread_of
+from sam_repro.paper.measured_speeds import stored
+from sam_repro.paper.render.tables import spread_of
+from sam_repro.paper.statistics import compare, interval
 
 PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))
 HEAD = "ours | peer | ours, % | peer, % | difference | ms a step | peer / ours | seconds (first seed)"

@@ -11,7 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sam_repro.config import Config, choices, compose_config, nearest, run_id
+from sam_repro.config.compose import choices, compose_config, nearest
+from sam_repro.config.run_id import run_id
+from sam_repro.config.schema import Config
 from sam_repro.errors import UserError
 from sam_repro.paper.spec import Table, TableRow, load_table
 
@@ -60,7 +62,7 @@ def runs_of(
 
 def winning_point(tuned: str, extra: tuple[str, ...], ledger: Path | None) -> dict[str, Any] | None:
     """The point of the sweep `<table>:<model>/<method>` that won on the table's `select`, or None before it is over."""
-    from sam_repro.paper.outcome import outcome, winners  # which imports this module
+    from sam_repro.paper.outcomes import outcome, winners  # which imports this module
 
     name, _, sweep = tuned.partition(":")
     table = load_table(name)

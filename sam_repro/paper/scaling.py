@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sam_repro.paper.rates import stored
-from sam_repro.paper.style import PALETTE, RC, SOFT, save
+from sam_repro.paper.measured_speeds import stored
+from sam_repro.paper.render.style import PALETTE, RC, SOFT, save
 
 Result = dict[str, Any]
 BUS = 329e9  # bytes/s: bus bandwidth of an all-reduce of 1 GiB on two H100 of one host, measured outside this project

@@ -45,7 +45,7 @@ from typing import Any
 
 import yaml
 
-from sam_repro.config import nearest
+from sam_repro.config.compose import nearest
 from sam_repro.errors import UserError
 
 UNREADABLE = "not in our sources"

@@ -17,8 +17,8 @@ from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.paper import scaling
-from sam_repro.paper.rates import stored
-from sam_repro.paper.style import RC, save
+from sam_repro.paper.measured_speeds import stored
+from sam_repro.paper.render.style import RC, save
 
 Result = dict[str, Any]
 PARTIES = {"gsam-m": "GSAM, one group", "gsam-64": "GSAM, m = 64", "davda54": "davda54 SAM", "juntang": "juntang GSAM"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam_repro.paper.style import colours_of
+from sam_repro.paper.render.style import colours_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam_repro.config import compose_config
-from sam_repro.models import build_model
-from sam_repro.optim.hvp import Hessian
-from sam_repro.sharpness import dominant
+from sam_repro.config.compose import compose_config
+from sam_repro.curvature import dominant
+from sam_repro.models.build import build_model
+from sam_repro.optim.hessian import Hessian
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 DEVICE = "cuda"

@@ -12,12 +12,12 @@ import torch
 from gpu_crops import assert_crops_of_the_cpu_path, every_geometry
 from PIL import Image
 
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.beton import write_beton
-from sam_repro.data.build import build_loader, resolve_decode
-from sam_repro.data.crop import training_geometry
 from sam_repro.data.datasets import BetonSource
-from sam_repro.data.gpu_decode import DECODERS, find_decoder
+from sam_repro.data.images.crop import training_geometry
+from sam_repro.data.images.gpu_decode import DECODERS, find_decoder
+from sam_repro.data.loaders.build import build_loader, resolve_decode
 from sam_repro.data.manifest import write_manifest
 from sam_repro.errors import UserError
 

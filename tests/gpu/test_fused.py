@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from sam_repro.config import compose_config
-from sam_repro.distributed import Ranks
-from sam_repro.models import build_model
-from sam_repro.objective import gradient_step
+from sam_repro.config.compose import compose_config
+from sam_repro.distributed.ranks import Ranks
+from sam_repro.models.build import build_model
+from sam_repro.training.method import gradient_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -127,7 +127,7 @@ def test_a_step_keeps_nothing(optim):
 
 def test_training_learns_and_resumes(tmp_path):
     """train.py's own path on a GPU: two runs that differ in being interrupted agree."""
-    from sam_repro.train import main
+    from sam_repro.training.main import main
 
     folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
     overrides = ["model=vit_s32", "optim=gsam", "debug=tiny", "recipe.steps=60", *folders]
@@ -156,7 +156,7 @@ def near(x, truth) -> bool:
 @pytest.mark.parametrize("tokens", [1, 16, 49, 64])
 @pytest.mark.parametrize("d", [16, 64])
 def test_short_attention_equals_plain_attention(tokens, d):
-    from sam_repro.layers.attention import short_attention
+    from sam_repro.models.layers.attention import short_attention
 
     for ours, truth in both_attentions(5, tokens, 3, d, lambda qkv: short_attention(qkv, 3)):
         assert near(ours, truth)
@@ -166,7 +166,7 @@ def test_short_attention_equals_plain_attention(tokens, d):
 @pytest.mark.parametrize("d", [16, 64])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_tiled_attention_equals_plain_attention(tokens, d, compiled):
-    from sam_repro.layers.attention import tiled_attention
+    from sam_repro.models.layers.attention import tiled_attention
 
     def attention(qkv):
         return tiled_attention(qkv, 3)[0]
@@ -183,7 +183,7 @@ def test_tiled_attention_equals_plain_attention(tokens, d, compiled):
 def test_the_layer_takes_the_tiled_kernel():
     from timm.layers.attention import Attention
 
-    from sam_repro.layers import attention
+    from sam_repro.models.layers import attention
 
     layer = Attention(192, num_heads=3, qkv_bias=True).cuda()
     x = torch.randn(2, 196, 192, device="cuda")
@@ -200,7 +200,7 @@ def test_the_layer_takes_the_tiled_kernel():
 
 @pytest.mark.parametrize("size", [(112, 112), (7, 9)])
 def test_stem_pool_is_torch_s(size):
-    from sam_repro.layers.pool import StemPool
+    from sam_repro.models.layers.max_pool import StemPool
 
     x = torch.randn(3, 64, *size, device="cuda").relu().bfloat16().contiguous(memory_format=torch.channels_last)
     found = []

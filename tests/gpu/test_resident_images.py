@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data.build import build_loader
+from sam_repro.config.schema import AugmentConfig, DataConfig
+from sam_repro.data.loaders.build import build_loader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -18,7 +18,7 @@ COMMAND += ["train.deterministic=true", "recipe.steps=120", "train.save_every_st
 COMMAND += ["train.log_every=3"]
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["sam_repro.launch", "sam_repro.train", "wandb", "faulty"])
+forks.set_forkserver_preload(["sam_repro.cli.train", "sam_repro.training.main", "wandb", "faulty"])
 
 
 class Attempt:
@@ -78,7 +78,7 @@ def child(where: Path, words: list[str], output: Path, fault: str, env: dict[str
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *words]
-    from sam_repro.launch import cli
+    from sam_repro.cli.train import cli
 
     watch_batches(where / "batches.txt")
     if fault:
@@ -93,7 +93,7 @@ def die() -> None:
 
 def watch_batches(path: Path) -> None:
     """Note which images every step saw."""
-    from sam_repro import train
+    from sam_repro.training import main as train
 
     real = train.batches
 
@@ -111,10 +111,13 @@ def arm(moment: str, n: str) -> None:
     """Make the n-th call of what belongs to a moment the last."""
     import torch
 
-    from sam_repro import checkpoint, ledger, tracking, train
-    from sam_repro.distributed import Ranks
-    from sam_repro.log import RunLog
-    from sam_repro.optim.step import GradientStep
+    from sam_repro.distributed.ranks import Ranks
+    from sam_repro.optim.two_pass import GradientStep
+    from sam_repro.records import ledger
+    from sam_repro.training import checkpoint
+    from sam_repro.training import main as train
+    from sam_repro.training import wandb_writer as tracking
+    from sam_repro.training.run_log import RunLog
 
     left = int(n)
 

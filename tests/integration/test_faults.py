@@ -17,8 +17,8 @@ from commands import only, row_of
 from faulty import attempt
 from safetensors.torch import load_file
 
-from sam_repro import checkpoint
-from sam_repro.log import read_log
+from sam_repro.records.log import read_log
+from sam_repro.training import checkpoint
 
 TIMING = ("images_per_second", "step_seconds", "eta", "hours")
 # Moments, and the largest number of them to let pass before the last.

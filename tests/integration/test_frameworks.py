@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sam_repro.optim.wrapper import GSAM, SAM
+from sam_repro.optim.dropin.optimizers import GSAM, SAM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,12 +12,13 @@ from commands import TINY, only, row_of, train
 from faulty import Attempt, attempt
 from safetensors.torch import load_file
 
-from sam_repro import ledger
-from sam_repro.config import choices, compose_config
+from sam_repro.config.compose import choices, compose_config
 from sam_repro.errors import UserError
-from sam_repro.log import RunLog, read_log
-from sam_repro.signals import Interrupted
-from sam_repro.train import batches, main
+from sam_repro.records import ledger
+from sam_repro.records.log import read_log
+from sam_repro.training.main import batches, main
+from sam_repro.training.run_log import RunLog
+from sam_repro.training.signals import Interrupted
 
 # Those of Table 1.
 OTHERS = ("wrn28_10", "efficientnet_lite0", "vit_digits", "resnet18_cifar", "resnet50_cifar")  # not of Table 1
@@ -65,8 +66,8 @@ def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
 def test_a_run_that_fails_closes_its_log_for_the_next_one_of_the_process(tmp_path, monkeypatch):
     folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
     logs: list[RunLog] = []
-    monkeypatch.setattr("sam_repro.train.RunLog", lambda *a, **k: logs.append(RunLog(*a, **k)) or logs[-1])
-    monkeypatch.setattr("sam_repro.checkpoint.save", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("sam_repro.training.main.RunLog", lambda *a, **k: logs.append(RunLog(*a, **k)) or logs[-1])
+    monkeypatch.setattr("sam_repro.training.checkpoint.save", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(compose_config([*TINY, *folders, "recipe.steps=2", "log.wandb=disabled"]))
     (log,) = logs
@@ -111,7 +112,7 @@ def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, m
             yield batch
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("sam_repro.train.batches", interrupted)
+        patch.setattr("sam_repro.training.main.batches", interrupted)
         patch.setenv("SAM_REPRO_SHARING", "4")
         main(cfg)
     state = torch.load(only(tmp_path, "runs/vit*/step-00000019.pt"))
@@ -184,7 +185,7 @@ def test_a_ledger_that_cannot_be_written_is_found_before_the_first_step(tmp_path
 
 def test_batch_must_divide_over_the_processes(tmp_path):
     env = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    from sam_repro.setup import split_batch
+    from sam_repro.training.setup import split_batch
 
     cfg = compose_config([*TINY])
     with pytest.raises(ValueError, match="recipe.batch_size=32 does not divide over 3 processes"):

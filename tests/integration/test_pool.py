@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from sam_repro.cli import main
+from sam_repro.cli.main import main
 from sam_repro.errors import UserError
-from sam_repro.ledger import read_ledger
-from sam_repro.paper import pool
 from sam_repro.paper.runs import Run, unique_runs
 from sam_repro.paper.spec import load_table
+from sam_repro.records.ledger import read_ledger
+from sam_repro.runner import pool
 
 TINY = ["debug=tiny", "model=vit_s32", "train.device=cpu", "train.threads=1", "recipe.batch_size=16"]
 

@@ -17,11 +17,11 @@ from commands import ENV, ROOT, TINY, only, row_of
 from faulty import Attempt, attempt
 from safetensors.torch import load_file
 
-from sam_repro import heartbeat
-from sam_repro.distributed import Ranks, init_ranks
+from sam_repro.curvature import lanczos, power_iteration
+from sam_repro.distributed import heartbeat
+from sam_repro.distributed.ranks import Ranks, init_ranks
 from sam_repro.errors import LOST
-from sam_repro.log import read_log
-from sam_repro.sharpness import lanczos, power_iteration
+from sam_repro.records.log import read_log
 
 LONG = ("recipe.steps=4000", "train.log_every=1", "train.save_every_steps=0", "train.eval_every_epochs=0")
 

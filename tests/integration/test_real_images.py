@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sam_repro import evaluate_command
-from sam_repro.data.build import build_set_loader
+from sam_repro.cli import evaluate as evaluate_command
 from sam_repro.data.evalsets import open_set
-from sam_repro.distributed import Ranks
-from sam_repro.evaluate import evaluate_sets
-from sam_repro.objective import forward_of
+from sam_repro.data.loaders.build import build_set_loader
+from sam_repro.distributed.ranks import Ranks
+from sam_repro.models.objective import forward_of
+from sam_repro.training.evaluate import evaluate_sets
 
 DATA = Path(os.environ.get("SAM_REPRO_TEST_DATA", "/nonexistent"))
 WEIGHTS = DATA / "weights" / "tf_efficientnet_lite0_fp16.safetensors"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro.paper.report import report
+from sam_repro.paper.render.report import report
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import load_table
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from problems import quadratic, vector
 from torch import nn
 
-from sam_repro.sharpness import Hessian
+from sam_repro.curvature import Hessian
 
 MODES = ["reverse", "forward"]
 

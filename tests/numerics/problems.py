@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sam_repro.optim import PERTURBATIONS, GradientStep
-from sam_repro.optim.perturb import Eigen, Friendly, Random, Vasso, build_perturbation
+from sam_repro.optim.perturbations import Eigen, Friendly, Random, Vasso, build_perturbation
 
 
 def vector(*values: float) -> Tensor:

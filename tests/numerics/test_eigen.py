@@ -11,11 +11,8 @@ from problems import DATA, network, quadratic, vector
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sam_repro.optim import (
-    GradientStep,
-    PowerIteration,
-)
-from sam_repro.optim.perturb import Eigen
+from sam_repro.optim import GradientStep, PowerIteration
+from sam_repro.optim.perturbations import Eigen
 
 
 def power(hessians: Tensor, **options) -> tuple[Eigen, PowerIteration]:

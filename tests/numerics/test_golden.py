@@ -10,7 +10,7 @@ from problems import gradient_of, quadratic, vector
 from torch.testing import assert_close
 
 from sam_repro.optim import GradientStep, decay_groups, lr_at, rho_at
-from sam_repro.optim.perturb import PERTURBATIONS, inner, squared_norm
+from sam_repro.optim.perturbations import PERTURBATIONS, inner, squared_norm
 
 H = vector(1, 10)[None]  # one "image" whose loss has this diagonal Hessian
 W = vector(1, 1)
@@ -172,8 +172,8 @@ def test_q8_only_kernels_decay():
 
 def test_q17_initial_sigmoid_loss():
     logits, labels = torch.full((3, 1000), -10.0, dtype=torch.float64), torch.tensor([0, 5, 999])
-    from sam_repro.config import Config
-    from sam_repro.objective import loss_of
+    from sam_repro.config.schema import Config
+    from sam_repro.models.objective import loss_of
 
     cfg = Config()
     expected = 999 * math.log1p(math.exp(-10)) + math.log1p(math.exp(10))

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sam_repro.config import ModelConfig, compose_config
-from sam_repro.models import PatchLinear, build_model
-from sam_repro.objective import objective_of
-from sam_repro.optim.grouped import accept_groups
+from sam_repro.config.compose import compose_config
+from sam_repro.config.schema import ModelConfig
+from sam_repro.models.build import build_model
+from sam_repro.models.layers.grouped import accept_groups
+from sam_repro.models.layers.patch_linear import PatchLinear
+from sam_repro.models.objective import objective_of
 
 GROUPS, M = 3, 2
 

@@ -11,7 +11,7 @@ from hessians import MODES, batches_of, data, dense_hessian, network, objective_
 from problems import vector
 from torch.testing import assert_close
 
-from sam_repro.sharpness import Hessian, dominant
+from sam_repro.curvature import Hessian, dominant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sam_repro.optim import COMBINATIONS, EntropySGD, GradientStep
-from sam_repro.optim.perturb import build_perturbation
+from sam_repro.optim.perturbations import build_perturbation
 
 
 def slow_eps(name: str, w: Tensor, g: Tensor, rho: float, memory: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sam_repro.optim import EveryK, GradientStep, rho_at
-from sam_repro.optim.perturb import Eigen, adaptive_official, asam
+from sam_repro.optim.perturbations import Eigen, adaptive_official, asam
 
 COMBINED = {
     "min_f_h": (0.5, (0.9556666598, 10.0044333340)),

@@ -10,7 +10,7 @@ from problems import DETERMINISTIC, G_P, SHARDS, G, H, W, close, fresh, gradient
 from torch.testing import assert_close
 
 from sam_repro.optim import COMBINATIONS, PERTURBATIONS, EntropySGD, EveryK, GradientStep
-from sam_repro.optim.perturb import Eigen, Friendly, Vasso, asam, build_perturbation, fisher
+from sam_repro.optim.perturbations import Eigen, Friendly, Vasso, asam, build_perturbation, fisher
 
 # ---- invariances -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from problems import quadratic, vector
 from torch import nn
 from torch.testing import assert_close
 
-from sam_repro.sharpness import Hessian, alignment, dominant, lanczos, power_iteration, sharpness, spectral_density
+from sam_repro.curvature import Hessian, alignment, dominant, lanczos, power_iteration, sharpness, spectral_density
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,14 +14,14 @@ from commands import ENV
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sam_repro.cli import main
-from sam_repro.config import compose_config
+from sam_repro.cli.main import main
+from sam_repro.config.compose import compose_config
+from sam_repro.curvature.sde import network_loss, simulate, taylor
+from sam_repro.curvature.slices import filter_normalised, line, plane
 from sam_repro.optim import GradientStep
-from sam_repro.optim.hvp import Hessian
+from sam_repro.optim.hessian import Hessian
 from sam_repro.paper import toy
-from sam_repro.sharpness.sde import network_loss, simulate, taylor
-from sam_repro.sharpness.surfaces import filter_normalised, line, plane
-from sam_repro.train import main as train
+from sam_repro.training.main import main as train
 
 
 def quadratic() -> Hessian:
@@ -185,7 +185,7 @@ def test_a_measurement_that_is_impossible_costs_no_run(tmp_path):
 def test_two_ranks_measure_what_one_does(trained, tmp_path):
     """Seven images: unequal shares, ragged batches."""
     _, run = trained
-    command = ["-m", "sam_repro.cli", "sharpness", "eigen", str(run), "--images", "7", "--batch-size", "2"]
+    command = ["-m", "sam_repro.cli.main", "sharpness", "eigen", str(run), "--images", "7", "--batch-size", "2"]
     command += ["--device", "cpu", "--tol", "1e-4"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

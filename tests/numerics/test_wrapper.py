@@ -17,8 +17,8 @@ from problems import gradient_of, quadratic, vector
 from torch import nn
 from torch.testing import assert_close
 
-from sam_repro.optim.perturb import sam
-from sam_repro.optim.wrapper import GSAM, SAM, EigenSAM, SharpnessAware, mean_over_ranks
+from sam_repro.optim.dropin.optimizers import GSAM, SAM, EigenSAM, SharpnessAware, mean_over_ranks
+from sam_repro.optim.perturbations import sam
 
 H = vector(1, 10)[None]
 

@@ -15,8 +15,8 @@ import torch
 from cluster import Cluster, missing
 from safetensors.torch import load_file
 
-from sam_repro import ledger
-from sam_repro.log import read_log
+from sam_repro.records import ledger
+from sam_repro.records.log import read_log
 
 pytestmark = [
     pytest.mark.slurm,
@@ -81,7 +81,7 @@ class Study:
 
     def command(self, name: str, *options: str) -> str:
         """`sam-repro <name> table`."""
-        code = "import sys; from sam_repro.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from sam_repro.cli.main import main; sys.exit(main(sys.argv[1:]))"
         words = [sys.executable, "-c", code, name, str(self.table), *options]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(words, env=env, cwd=self.folder, check=True, capture_output=True, text=True).stdout

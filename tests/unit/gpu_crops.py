@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sam_repro.data.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render
-from sam_repro.data.gpu_crop import crop_batch, taps_of
+from sam_repro.data.images.crop import AREA, BICUBIC, BILINEAR, CENTRE, INCEPTION, PLAIN, Geometry, render
+from sam_repro.data.images.gpu_crop import crop_batch, taps_of
 
 SIDES = [(30, 41), (170, 90), (64, 64), (45, 300), (400, 410), (99, 40)]
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from sam_repro.layers import kernels as layers
-from sam_repro.layers import tiled as layers_tiled
-from sam_repro.layers.attention import tiled_attention
-from sam_repro.optim import kernels as passes
+from sam_repro.models.layers import triton_kernels as layers
+from sam_repro.models.layers import triton_tiled_attention as layers_tiled
+from sam_repro.models.layers.attention import tiled_attention
+from sam_repro.optim.gpu import triton_kernels as passes
 
 
 def plain_attention(images: int, tokens: int, heads: int, d: int):

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sam_repro import ledger
-from sam_repro.config import config_hash, to_dict
+from sam_repro.config.compose import to_dict
+from sam_repro.config.run_id import config_hash
 from sam_repro.paper.runs import Run
+from sam_repro.records import ledger
 
 
 def fake_row(run: Run, correct: int, *, total: int = 360, status: str = "done", gap: float = 0.1) -> dict[str, Any]:
-    """A row as sam_repro.train writes it, with curves that look like training."""
+    """A row as sam_repro.training.main writes it, with curves that look like training."""
     steps = list(range(11, 331, 11))
     decay = [math.exp(-s / 80) for s in steps]
     curves: dict[str, Any] = {

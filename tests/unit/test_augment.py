@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam_repro.config import AugmentConfig, DataConfig, compose_config
-from sam_repro.config_check import validate
-from sam_repro.data.augment import OPERATIONS, cutout, mixup, rand_augment
-from sam_repro.data.build import build_loader
+from sam_repro.config.checks import validate
+from sam_repro.config.compose import compose_config
+from sam_repro.config.schema import AugmentConfig, DataConfig
+from sam_repro.data.images.augment import OPERATIONS, cutout, mixup, rand_augment
+from sam_repro.data.loaders.build import build_loader
 from sam_repro.errors import UserError
-from sam_repro.objective import loss_of
+from sam_repro.models.objective import loss_of
 
 CPU = torch.device("cpu")
 

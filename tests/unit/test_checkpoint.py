@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sam_repro import checkpoint
 from sam_repro.errors import UserError
+from sam_repro.training import checkpoint
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from sam_repro import sharpness_command
-from sam_repro.cli import COMMANDS
-from sam_repro.sharpness import pictures
+from sam_repro.cli import sharpness as sharpness_command
+from sam_repro.cli import sharpness_pictures as pictures
+from sam_repro.cli.main import COMMANDS
 
 PROGRAM = """
 import sys
-from sam_repro.cli import main
+from sam_repro.cli.main import main
 try:
     sys.exit(main())
 finally:

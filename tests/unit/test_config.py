@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro.config import Config, choices, compose_config, config_hash, fields_of, run_id
-from sam_repro.config_check import validate
+from sam_repro.config.checks import validate
+from sam_repro.config.compose import choices, compose_config, fields_of
+from sam_repro.config.run_id import config_hash, run_id
+from sam_repro.config.schema import Config
 from sam_repro.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data.crop import (
+from sam_repro.config.schema import AugmentConfig, DataConfig
+from sam_repro.data.images.crop import (
     AREA,
     CENTRE,
     INCEPTION,
@@ -20,7 +20,7 @@ from sam_repro.data.crop import (
     render,
     training_geometry,
 )
-from sam_repro.data.order import epoch_order, holdout
+from sam_repro.data.loaders.batch_order import epoch_order, holdout
 from sam_repro.errors import UserError
 
 PINNED_HASHES = [2558736989570252433, 3400964856525257824, 12865742008072950574]

@@ -12,7 +12,7 @@ import pytest
 from sam_repro.data.beton import BetonFile
 from sam_repro.data.datasets import BetonSource
 from sam_repro.data.manifest import manifest_path, read_files
-from sam_repro.data.write import write_dataset
+from sam_repro.data.write.dataset import write_dataset
 from sam_repro.errors import UserError
 
 COUNT = 12

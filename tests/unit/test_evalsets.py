@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sam_repro.config import DataConfig
+from sam_repro.config.schema import DataConfig
 from sam_repro.data import evalsets
 from sam_repro.data.evalsets import ALEXNET_ERRORS, V2_FOLDERS, canonical, open_set, parts, summary_of_c, synsets
-from sam_repro.distributed import Ranks
+from sam_repro.distributed.ranks import Ranks
 from sam_repro.errors import UserError
-from sam_repro.evaluate import count_set, evaluate_sets
+from sam_repro.training.evaluate import count_set, evaluate_sets
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 SIDE = 16

@@ -14,15 +14,15 @@ from gpu_crops import assert_crops_of_the_cpu_path, every_geometry
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.beton import write_beton
-from sam_repro.data.build import build_loader, resolve_decode
-from sam_repro.data.crop import training_geometry
 from sam_repro.data.datasets import BetonSource, synthetic
-from sam_repro.data.gpu_decode import components, find_decoder
-from sam_repro.data.gpu_loader import GPULoader
+from sam_repro.data.images.crop import training_geometry
+from sam_repro.data.images.gpu_decode import components, find_decoder
+from sam_repro.data.loaders.batch_order import Plan
+from sam_repro.data.loaders.build import build_loader, resolve_decode
+from sam_repro.data.loaders.gpu_loader import GPULoader
 from sam_repro.data.manifest import write_manifest
-from sam_repro.data.order import Plan
 from sam_repro.errors import UserError
 
 CPU = torch.device("cpu")

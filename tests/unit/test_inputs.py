@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from sam_repro.cli import main
-from sam_repro.config import DataConfig
+from sam_repro.cli.main import main
+from sam_repro.config.schema import DataConfig
 from sam_repro.data.beton import BetonFile
 from sam_repro.data.datasets import BetonSource, find_source
 from sam_repro.data.manifest import read_files, read_manifest
-from sam_repro.data.write import write_dataset
+from sam_repro.data.write.dataset import write_dataset
 from sam_repro.errors import UserError
 
 SYNSETS = ["n01440764", "n01443537", "n02099601"]
@@ -149,8 +149,8 @@ def test_raw_pixels_reach_the_model_unchanged(tmp_path, backend):
     torch = pytest.importorskip("torch")
     if backend == "ffcv":
         pytest.importorskip("ffcv", reason="ffcv is not installed")
-    from sam_repro.config import AugmentConfig
-    from sam_repro.data.build import build_loader
+    from sam_repro.config.schema import AugmentConfig
+    from sam_repro.data.loaders.build import build_loader
 
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(20) % 4

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.beton import METADATA_AT, BetonFile, write_beton
-from sam_repro.data.build import build_loader, ensure, resolve_backend
+from sam_repro.data.loaders.batch_order import balanced, noisy
+from sam_repro.data.loaders.build import build_loader, ensure, resolve_backend
 from sam_repro.data.manifest import write_manifest
-from sam_repro.data.order import balanced, noisy
 from sam_repro.errors import UserError
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
@@ -135,14 +135,14 @@ def test_decoding_whole_images_gives_the_same(root, backend, monkeypatch):
     for data in (config(root, backend), config(root / "folders")):
         expected = collect(make(data))
         with monkeypatch.context() as patch:
-            patch.setattr("sam_repro.data.native.load", lambda: "there is no C compiler")
+            patch.setattr("sam_repro.data.images.jpeg.load", lambda: "there is no C compiler")
             assert equal(collect(make(data)), expected)
 
 
 @pytest.mark.skipif(not HAS_FFCV, reason="ffcv is not installed")
 def test_direct_reading_gives_the_same(root, monkeypatch):
     cached = collect(make(config(root, "ffcv")))
-    monkeypatch.setattr("sam_repro.data.ffcv_loader.fits_page_cache", lambda path: False)
+    monkeypatch.setattr("sam_repro.data.loaders.ffcv_loader.fits_page_cache", lambda path: False)
     assert equal(collect(make(config(root, "ffcv"))), cached)
 
 
@@ -268,7 +268,7 @@ def test_backend_is_chosen_with_a_reason(root, monkeypatch):
         resolve_backend(DataConfig(name="synthetic", backend="ffcv"))
     with pytest.raises(UserError, match="choices: auto, ffcv, torch"):
         resolve_backend(config(root, "dali"))
-    monkeypatch.setattr("sam_repro.data.build.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sam_repro.data.loaders.build.importlib.util.find_spec", lambda name: None)
     assert resolve_backend(config(root, "auto")) == ("torch", "ffcv is not installed")
     with pytest.raises(UserError, match="not installed"):
         resolve_backend(config(root, "ffcv"))
@@ -276,7 +276,8 @@ def test_backend_is_chosen_with_a_reason(root, monkeypatch):
 
 def test_the_torch_backend_does_not_import_ffcv(root):
     script = (
-        "import sys, torch\nfrom sam_repro.data.build import build_loader\nfrom sam_repro.config import *\n"
+        "import sys, torch\nfrom sam_repro.data.loaders.build import build_loader\n"
+        "from sam_repro.config.schema import *\n"
         "d = DataConfig(name='synthetic', num_classes=5, image_size=16, eval_resize=16)\n"
         "build_loader(d, AugmentConfig(name='x'), split='train', training=True, batch_size=8, seed=0,"
         " device=torch.device('cpu'))\nassert 'ffcv' not in sys.modules"

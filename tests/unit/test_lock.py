@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro import lock as module
-from sam_repro.lock import Held, RunLock, is_held
+from sam_repro.records import lock as module
+from sam_repro.records.lock import Held, RunLock, is_held
 
 
 def leave(folder: Path, **fields: object) -> Path:
@@ -39,7 +39,8 @@ def test_held_and_released(tmp_path):
 
 
 def test_a_dead_process_of_this_host_is_no_holder(tmp_path):
-    code = f"import os\nfrom pathlib import Path\nfrom sam_repro.lock import RunLock\nRunLock(Path({str(tmp_path)!r}))"
+    code = "import os\nfrom pathlib import Path\n"
+    code += f"from sam_repro.records.lock import RunLock\nRunLock(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code + "\nos._exit(0)"], check=True)
     assert (tmp_path / "lock").exists() and not is_held(tmp_path)
     RunLock(tmp_path).release()
@@ -85,7 +86,7 @@ def test_of_many_that_take_over_one_wins(tmp_path):
     """Eight processes meet an abandoned lock at the same moment."""
     leave(tmp_path, host=module.socket.gethostname(), pid=2**22 + 1)
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom sam_repro.lock import RunLock, Held\n"
+        "import sys, time\nfrom pathlib import Path\nfrom sam_repro.records.lock import RunLock, Held\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "try:\n    RunLock(Path(sys.argv[1])); print('mine', flush=True); time.sleep(1.5)\n"
         "except Held: print('refused')"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.beton import write_beton
-from sam_repro.data.build import build_loader
+from sam_repro.data.loaders.build import build_loader
 from sam_repro.data.manifest import write_manifest
 from sam_repro.errors import UserError
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sam_repro.config import choices, compose_config
-from sam_repro.config_check import validate
-from sam_repro.config_optim import WORDS
+from sam_repro.config.checks import validate
+from sam_repro.config.compose import choices, compose_config
+from sam_repro.config.schema import WORDS
 from sam_repro.errors import UserError
-from sam_repro.log import read_log
-from sam_repro.objective import is_fused
 from sam_repro.optim import COMBINATIONS, PERTURBATIONS, THREE_PASSES
-from sam_repro.optim.eigen import PowerIteration
+from sam_repro.optim.eigen_sam import PowerIteration
 from sam_repro.optim.entropy_sgd import EntropySGD
-from sam_repro.optim.perturb import RENORMALISE
-from sam_repro.schedules import lr_schedule_of, rho_of
-from sam_repro.train import main
+from sam_repro.optim.perturbations import RENORMALISE
+from sam_repro.records.log import read_log
+from sam_repro.training.main import main
+from sam_repro.training.method import is_fused
+from sam_repro.training.schedules import lr_schedule_of, rho_of
 
 # perturb, combine, rho_max, rho_min (None: the model's), and what else defines the method
 METHODS = {

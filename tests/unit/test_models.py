@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sam_repro.config import choices, compose_config
-from sam_repro.distributed import Ranks
+from sam_repro.config.compose import choices, compose_config
+from sam_repro.distributed.ranks import Ranks
 from sam_repro.errors import UserError
-from sam_repro.layers.attention import ShortAttention, short_attention, tiled_attention
-from sam_repro.models import PatchLinear, StemConv, blocked_stem, build_model
-from sam_repro.objective import gradient_step
+from sam_repro.models.build import build_model
+from sam_repro.models.layers.attention import ShortAttention, short_attention, tiled_attention
+from sam_repro.models.layers.patch_linear import PatchLinear
+from sam_repro.models.layers.stem_conv import StemConv, blocked_stem
+from sam_repro.training.method import gradient_step
 
 
 def build(name: str, **kwargs):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data import native
-from sam_repro.data.crop import evaluation_geometry, render, training_geometry
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.datasets import decode
+from sam_repro.data.images import jpeg as native
+from sam_repro.data.images.crop import evaluation_geometry, render, training_geometry
 
 OBSTACLE = native.load()
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "available")

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.beton import write_beton
-from sam_repro.data.build import build_loader
 from sam_repro.data.evalsets import open_set
+from sam_repro.data.loaders.build import build_loader
 from sam_repro.data.manifest import manifest_path, write_manifest
 from sam_repro.errors import UserError
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_repro.config import compose_config
+from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
-from sam_repro.train import main
+from sam_repro.training.main import main
 
 
 @pytest.fixture

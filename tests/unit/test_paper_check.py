@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from paper_rows import fake_row, write_rows
 
-from sam_repro.cli import main
-from sam_repro.paper import report
+from sam_repro.cli.main import main
 from sam_repro.paper.check import rows_problems
+from sam_repro.paper.render import report
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import load_table
 

@@ -11,13 +11,13 @@ import pytest
 from paper_rows import write_rows
 
 from sam_repro.errors import UserError
-from sam_repro.ledger import row_path
 from sam_repro.paper import claims
 from sam_repro.paper.claims import inversions, rank_correlation, sampling, surviving
-from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.outcomes import outcomes
+from sam_repro.paper.render.tables import render
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import parse_table
-from sam_repro.paper.tables import render
+from sam_repro.records.ledger import row_path
 
 
 def judged(table, found):

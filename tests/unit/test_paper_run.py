@@ -12,15 +12,16 @@ import pytest
 import yaml
 from paper_rows import fake_row
 
-from sam_repro import ledger
-from sam_repro.cli import main
-from sam_repro.config import Config, run_id
-from sam_repro.lock import Held
+from sam_repro.cli.arguments import duration
+from sam_repro.cli.main import main
+from sam_repro.config.run_id import run_id
+from sam_repro.config.schema import Config
 from sam_repro.paper import runs
-from sam_repro.paper.run import duration
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import load_table
-from sam_repro.signals import Interrupted, StopSignal
+from sam_repro.records import ledger
+from sam_repro.records.lock import Held
+from sam_repro.training.signals import Interrupted, StopSignal
 
 Trained = list[str]
 SAM = {"id": "v/sam", "model": "V", "method": "SAM", "overrides": ["optim=sam"]}
@@ -28,7 +29,7 @@ SAM = {"id": "v/sam", "model": "V", "method": "SAM", "overrides": ["optim=sam"]}
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
-    """Replaces sam_repro.train: writes a row at once; the run ids in `diverge` or `stop` end as named."""
+    """Replaces sam_repro.training.main: writes a row at once; the run ids in `diverge` or `stop` end as named."""
     names: Trained = []
 
     def train(cfg: Config, overrides: list[str]) -> dict:
@@ -49,9 +50,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
         ledger.write_row(cfg.log.ledger_dir, row)
         return row
 
-    module = types.ModuleType("sam_repro.train")
+    module = types.ModuleType("sam_repro.training.main")
     module.main = train
-    monkeypatch.setitem(sys.modules, "sam_repro.train", module)
+    monkeypatch.setitem(sys.modules, "sam_repro.training.main", module)
     return names
 
 

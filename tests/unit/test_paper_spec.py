@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from sam_repro.cli import main
-from sam_repro.config import compose_config, run_id
+from sam_repro.cli.main import main
+from sam_repro.config.compose import compose_config
+from sam_repro.config.run_id import run_id
 from sam_repro.errors import UserError
 from sam_repro.paper.runs import compose_point, runs_of, unique_runs
 from sam_repro.paper.spec import load_table, parse_table
@@ -160,7 +161,7 @@ def test_a_ledger_folder_that_does_not_exist_is_an_error(capsys: pytest.CaptureF
 
 
 def test_a_folder_that_cannot_be_and_ctrl_c_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
-    from sam_repro.data import write
+    from sam_repro.data.write import dataset as write
 
     (tmp_path / "file").write_text("")
     for split in ("train", "val"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro.cli import main
+from sam_repro.cli.main import main
 from sam_repro.paper.check import fill
 from sam_repro.paper.speed import load, table
 

@@ -14,20 +14,21 @@ import pytest
 from paper_rows import fake_row, write_rows
 from scipy import stats as scipy_stats
 
-from sam_repro.cli import main
-from sam_repro.config import compose_config
-from sam_repro.config import run_id as run_name
-from sam_repro.ledger import row_path, write_row
+from sam_repro.cli.main import main
+from sam_repro.config.compose import compose_config
+from sam_repro.config.run_id import run_id as run_name
 from sam_repro.optim import METRICS
-from sam_repro.paper.figures import colours_of_series, draw
-from sam_repro.paper.outcome import outcomes, value_of, winners
-from sam_repro.paper.report import Part, assemble
+from sam_repro.paper.outcomes import outcomes, value_of, winners
+from sam_repro.paper.parts import Part
+from sam_repro.paper.render.figures import colours_of_series, draw
+from sam_repro.paper.render.report import assemble
+from sam_repro.paper.render.style import METHODS, spread
+from sam_repro.paper.render.tables import render
 from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import Column, load_table, parse_table
-from sam_repro.paper.stats import compare, interval, magnitudes, verdict
-from sam_repro.paper.style import METHODS, spread
-from sam_repro.paper.tables import render
-from sam_repro.summary import curves
+from sam_repro.paper.statistics import compare, interval, magnitudes, verdict
+from sam_repro.records.ledger import row_path, write_row
+from sam_repro.training.summary import curves
 
 BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
 

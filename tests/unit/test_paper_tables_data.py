@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro.config import Config, compose_config
-from sam_repro.config_check import validate
+from sam_repro.config.checks import validate
+from sam_repro.config.compose import compose_config
+from sam_repro.config.schema import Config
 from sam_repro.paper import check
 from sam_repro.paper.check import table4_problems
 from sam_repro.paper.estimate import cost_of

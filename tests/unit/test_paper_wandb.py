@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sam_repro.cli import main
-from sam_repro.config import compose_config, run_id, to_dict
+from sam_repro.cli.main import main
+from sam_repro.cli.sync import metrics_of, run_folders
+from sam_repro.config.compose import compose_config, to_dict
+from sam_repro.config.run_id import run_id
 from sam_repro.paper.dashboard import build_report, build_workspace, dashboard_of
-from sam_repro.paper.outcome import outcomes
+from sam_repro.paper.outcomes import outcomes
 from sam_repro.paper.spec import load_table
-from sam_repro.paper.sync import metrics_of, run_folders
 
 LOG = [
     {"step": 11, "loss": 2.0, "surrogate_gap": 0.1, "cosine": 0.9},

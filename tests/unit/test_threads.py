@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sam_repro.data.threads import worker_count
+from sam_repro.data.loaders.threads import worker_count
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sam_repro.config import compose_config
-from sam_repro.config_check import validate
+from sam_repro.config.checks import validate
+from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
-from sam_repro.initial import start_from
-from sam_repro.models import build_model
+from sam_repro.models.build import build_model
+from sam_repro.models.pretrained import start_from
 
 SMALL = [f"++model.kwargs.{key}" for key in ("embed_dim=48", "depth=2", "num_heads=3")]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_repro.data import write
 from sam_repro.data.beton import BetonFile
 from sam_repro.data.manifest import check_manifest, manifest_hash
-from sam_repro.data.write import encode, write_dataset
+from sam_repro.data.write import dataset as write
+from sam_repro.data.write.dataset import encode, write_dataset
 from sam_repro.errors import UserError
 
 

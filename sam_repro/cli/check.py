@@ -1,0 +1,50 @@
+"""Check that every published number is the ledger's: derive everything again and compare.
+
+  sam-repro check                                      # exit code 1, and what is stale or edited by hand
+  sam-repro check --write                              # write the generated files and blocks anew
+
+It checks that every ledger row is whole and its counts are possible; that Table 4 is what the configurations say;
+that results/README.md and results/index.html are what `sam-repro report` makes of the ledger; and that the blocks
+
+    <!-- sam-repro table demo --format md -->
+    ...
+    <!-- sam-repro end -->
+
+in README.md, docs/ and benchmarks/ are what that command prints (`speed`, of the measured speeds, likewise). Numbers
+belong in such blocks; nobody edits them.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.errors import UserError
+from sam_repro.paper.check import generated, rows_problems, table4_problems
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--write", action="store_true", help="write generated files and blocks instead of complaining")
+    parser.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="checkout (default: here)")
+
+
+def run(args: Namespace) -> int:
+    """Print what is wrong, one line each; returns 1 if anything is."""
+    if not (args.root / "results").is_dir():
+        raise UserError(f"{args.root} is no checkout: it has no folder results")
+    problems = [*rows_problems(args.root / "results" / "runs"), *table4_problems()]
+    for path, text in generated(args.root):
+        if path.is_file() and path.read_text() == text:
+            continue
+        if args.write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            print(f"wrote {path}")
+        else:
+            problems.append(f"{path} is stale or was edited by hand; `sam-repro check --write` makes it anew")
+    for problem in problems:
+        print(problem)
+    if not problems and not args.write:
+        print("every number is the ledger's")
+    return 1 if problems else 0

@@ -1,0 +1,56 @@
+"""A W&B workspace and a report of a table: its runs by model and method, and the panels that its claims are about.
+
+  sam-repro dashboard table1 --entity my-team          # builds both with a key, else writes dashboard-table1.json
+  sam-repro dashboard --push dashboard-table1.json     # later
+
+The report holds the table as `sam-repro table` prints it at that moment, and the panels; the workspace only the panels.
+Building needs `pip install wandb-workspaces`; writing the JSON needs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.cli.sync import has_key
+from sam_repro.errors import UserError
+from sam_repro.paper.dashboard import dashboard_of, push
+from sam_repro.paper.outcomes import outcomes
+from sam_repro.paper.spec import load_table
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("table", nargs="?", help="name in results/paper/, or a path to a .yaml")
+    parser.add_argument("--entity", default="", help="W&B user or team")
+    parser.add_argument("--project", default="sam-repro")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
+    parser.add_argument("--push", type=Path, metavar="FILE", help="build what an earlier call wrote")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here, key or no key")
+
+
+def run(args: Namespace) -> None:
+    """Build workspace and report, or write them down."""
+    if args.push is not None:
+        try:
+            tree = json.loads(args.push.read_text())
+            assert isinstance(tree, dict) and {"table", "sections", "report"} <= tree.keys()
+        except (OSError, ValueError, AssertionError) as error:
+            reason = error if str(error) else "it was not written by `sam-repro dashboard`"
+            raise UserError(f"cannot read {args.push}: {reason}") from None
+        push(tree | ({"entity": args.entity} if args.entity else {}))
+        return
+    if args.table is None:
+        raise UserError("name a table, or a file with --push")
+    table = load_table(args.table)
+    tree = dashboard_of(table, outcomes(table, args.ledger), entity=args.entity, project=args.project)
+    if args.output is None and has_key():
+        push(tree)
+        return
+    path = args.output or Path(f"dashboard-{tree['table']}.json")
+    try:
+        path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    print(path)

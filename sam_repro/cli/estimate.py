@@ -1,0 +1,76 @@
+"""What a table costs: images, EFLOP, GPU-hours, days and money a row, from speeds measured on the hardware.
+
+  sam-repro estimate table1 --gpu h100 --gpus 8 --price 2.5
+  sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained a GPU
+  sam-repro estimate demo --gpu cpu --calibrate        # first measure this machine for a minute
+
+The speed of a run is the smaller of its step's and its loader's, from results/benchmarks/; with --missing, the hours of
+a row of which other seeds are finished on this hardware are those seeds'. Where nothing was measured the hours stay
+empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
+x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Compiling, evaluation and
+checkpoints are not counted. Finished runs stand beside their estimate: their hours, and in brackets how many they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.cli.arguments import positive, positive_number
+from sam_repro.paper.estimate import ALL, HEADER, cost_of, line_of, own_hours, summary
+from sam_repro.paper.measured_speeds import (
+    known_hardware,
+    load_rates,
+)
+from sam_repro.paper.outcomes import outcomes
+from sam_repro.paper.spec import load_table
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("tables", nargs="+", metavar="table", help="name in results/paper/, or a path to a .yaml")
+    parser.add_argument("--gpu", default="h100", help="hardware whose speeds to take: h100, cpu, ... (default: h100)")
+    parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs at work together (default: 8)")
+    parser.add_argument("--price", type=positive_number, metavar="X", help="price of a GPU-hour, in any currency")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--missing", action="store_true", help="count only the runs that the ledger lacks")
+    parser.add_argument(
+        "--tflops", type=positive_number, metavar="X", help="assume this sustained speed a GPU where none is known"
+    )
+    parser.add_argument("--calibrate", action="store_true", help="measure the models and methods of the tables first")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the tables' own)")
+
+
+def run(args: Namespace) -> None:
+    """Print the estimate."""
+    tables = [load_table(name) for name in args.tables]
+    if args.calibrate:
+        from sam_repro.runner.calibrate import calibrate
+
+        calibrate(tables, args.gpu)
+    entries = load_rates(args.gpu)
+    total, counted = [], set()
+    width = max(len(ALL), *(len(row.id) for table in tables for row in table.rows))
+    for table in tables:
+        print(f"{table.title}")
+        print(f"  {'row':<{width}} {HEADER}")
+        for o in outcomes(table, args.ledger, seeds=args.seeds):
+            done = {row["run_id"] for row in o.ledger}
+            runs = [r for r in o.runs if r.run_id not in counted and not (args.missing and r.run_id in done)]
+            counted |= {r.run_id for r in runs}
+            own = own_hours(o.ledger, args.gpu) if args.missing else ()
+            costs = [cost_of(r, entries, args.tflops, own=own) for r in runs]
+            total += costs
+            print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price)}")
+        print()
+    print(summary(total, width, args.gpus, args.price))
+    if any(cost.hours is not None for cost in total):
+        print(f"  GPU-hours of {args.gpu}; days with {args.gpus} of them at work")
+    if any(cost.hours is None for cost in total):
+        some = " for some rows" if entries else ""
+        print(
+            f"no measured speed of {args.gpu}{some} (measured: {', '.join(known_hardware())}): "
+            "`sam-repro estimate ... --calibrate` on such a machine, or --tflops to assume one",
+            file=sys.stderr,
+        )

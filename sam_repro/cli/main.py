@@ -1,0 +1,81 @@
+"""`sam-repro`: the commands around training. Each is a module with add_arguments(parser) and run(args).
+
+A module is imported when its command is called, and torch when one needs it: planning, tables and --help never wait.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+
+from sam_repro import __version__
+from sam_repro.config.compose import nearest
+from sam_repro.errors import RankLost, UserError
+from sam_repro.records.failure import is_about_files
+
+# module of this package: what it does, in one line
+COMMANDS = {
+    "write": "turn image folders into .beton files with a manifest",
+    "evaluate": "count the right answers of any weights on any test set",
+    "run": "run the rows of a table that the ledger lacks, one after the other",
+    "plan": "list the runs of a table, for a SLURM array",
+    "table": "ours beside the paper's numbers, with intervals and verdicts",
+    "figures": "draw a table's curves",
+    "estimate": "what a table costs, from measured speeds",
+    "speed": "what a step costs, model by model, from results/benchmarks/",
+    "status": "runs done, at work and missing, table by table",
+    "sharpness": "eigenvalues, surrogate gap, slices of a trained run; the papers' toys",
+    "report": "everything as one page, results/index.html",
+    "check": "derive every published number again, and compare",
+    "sync": "replay the logs of runs to W&B",
+    "dashboard": "a W&B workspace for a table",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}; see sam-repro --help")
+        module = import_module(f"sam_repro.cli.{name}")
+        parser = ArgumentParser(
+            f"sam-repro {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+        )
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(rest)) or 0
+    except (UserError, RankLost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except ModuleNotFoundError as error:  # the paper half was installed alone
+        if error.name is None or error.name.startswith("sam_repro"):
+            raise
+        what = f"`sam-repro {name}` needs {error.name.split('.')[0]}, which is not installed"
+        print(f"error: {what}; `pip install -e .` or ./install.sh brings everything", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `sam-repro table ... | head`
+        return 0
+    except OSError as error:
+        if error.filename is None and not is_about_files(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def overview() -> str:
+    """What `sam-repro --help` prints."""
+    lines = ["usage: sam-repro <command> [options]     (sam-repro <command> --help says more)", ""]
+    lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines += ["", "Training itself is `python train.py`; `python train.py --help` lists models, methods and data."]
+    return "\n".join(lines)

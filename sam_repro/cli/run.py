@@ -1,0 +1,54 @@
+"""Run what the ledger lacks of tables or plans, through the code of train.py: one after the other, or several a GPU.
+
+  sam-repro run demo
+  sam-repro run demo --only '*/gsam' --seeds 1 recipe.epochs=5
+  sam-repro run demo --budget 9m                       # stop and save after nine minutes; the same command goes on
+  sam-repro run study_cifar study_m --gpus 2 --per-gpu 3 --budget 9m
+  sam-repro run plan.tsv                               # the lines of `sam-repro plan`
+
+Tables come in the order given, of each the first seed of every row before the second of any. A finished run is never
+repeated and an interrupted one resumes. A diverged run is a result: the queue goes on, and the exit code is 3. Ctrl-C,
+SIGTERM and SIGUSR2 save what runs and end the queue (128 + signal). With --gpus or --per-gpu, runs are spread over
+worker processes (logs in <runs_dir>/pool/); a run that fails or kills its worker stops nothing else (exit code 1).
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.cli.arguments import duration, positive
+from sam_repro.runner.plan import finished
+from sam_repro.runner.queue import Queue, say, wanted
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.parse_args = parser.parse_intermixed_args  # overrides may stand before, between and after the options
+    what = "tables (names, or paths to .yaml), plans (.tsv), and overrides laid over every row's own (key=value)"
+    parser.add_argument("words", nargs="+", metavar="table | plan.tsv | key=value", help=what)
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--limit", type=positive, metavar="N", help="start at most N runs")
+    parser.add_argument("--only", metavar="PATTERN", help="rows whose id, or runs whose run id, match (* is anything)")
+    parser.add_argument("--budget", type=duration, metavar="9m", help="stop after this time: 90s, 9m, 2h; exit code 0")
+    parser.add_argument("--gpus", type=positive, metavar="N", help="spread the runs over so many GPUs")
+    parser.add_argument("--per-gpu", type=positive, metavar="K", help="so many runs at once on each (default: 1)")
+    parser.add_argument("--ledger", type=Path, metavar="DIR", help="write the rows here instead of the table's folder")
+
+
+def run(args: Namespace) -> int:
+    """Run the queue; returns the exit code."""
+    runs = list(wanted(args).values())
+    queue = [r for r in runs if not finished(r, args.ledger)]
+    say(f"{len(runs) - len(queue)} of {len(runs)} runs are in the ledger, {len(queue)} to go")
+    if args.gpus or args.per_gpu:
+        from sam_repro.runner.pool import Pool
+
+        size = {"gpus": args.gpus or 1, "per_gpu": args.per_gpu or 1}
+        again = {"ledger_dir": args.ledger, "limit": args.limit, "budget": args.budget, "say": say}
+        return Pool(lambda: list(wanted(args).values()), **size, **again).work()
+    code = Queue(runs, queue[: args.limit], args.ledger, args.budget).work()
+    more = [r for r in wanted(args).values() if r.run_id not in {known.run_id for known in runs}]
+    if more and code == 0 and args.limit is None:
+        say(f"a sweep is over: {len(more)} more runs can be planned; the same command starts them")
+    return code

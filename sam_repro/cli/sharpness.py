@@ -1,0 +1,101 @@
+"""Measure the curvature of a trained run, or draw the toys; each writes a picture (SVG, PNG) and its numbers (JSON).
+
+  sam-repro sharpness eigen runs/<run_id> --n 5            # extreme eigenvalues by Lanczos, with residuals
+  sam-repro sharpness gap runs/<run_id> --rho 0.05 0.1     # h, 2h/rho^2 and its first-order part, beside sigma_max
+  sam-repro sharpness spectrum runs/<run_id>               # density of all eigenvalues
+  sam-repro sharpness slice runs/<run_id>                  # loss along one filter-normalised direction, over two
+  sam-repro sharpness convergence runs/<run_id>            # the power method, product by product (Eigen-SAM's rebuttal)
+  torchrun --nproc-per-node=8 -m sam_repro.cli sharpness eigen runs/<run_id> --images 50000
+
+The training loss in fp32, in evaluation mode, on --images centre-cropped images of the training split, drawn from
+--seed with the classes in turn. <run> may be a checkpoint, runs/<run_id>/step-*.pt. Under torchrun or srun the ranks
+share the images. Over training, from the log of a run trained with sharpness.every=100:
+
+  sam-repro sharpness decay runs/<run_id>                  # what is left of an old eigenvector (rebuttal)
+  sam-repro sharpness alignment runs/<run_id>              # the perturbation and the top eigenvector; lambda_max
+
+Without a run:
+
+  sam-repro sharpness toy                                  # GSAM's Fig. 3: SGD, SAM and GSAM on a surface with wells
+  sam-repro sharpness sde                                  # SAM's iterates against the SDEs of order 1 to 3
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.errors import UserError
+
+# What there is to measure or draw, by what it needs; sharpness/pictures.py does it.
+OF_WEIGHTS = ("convergence", "eigen", "gap", "slice", "spectrum")
+OF_LOGS = ("alignment", "decay")
+OF_NOTHING = ("sde", "toy")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("what", choices=sorted(OF_WEIGHTS + OF_LOGS + OF_NOTHING), help="what to measure or draw")
+    parser.add_argument("run", nargs="?", type=Path, help="a run's directory or a checkpoint in it; not for toy, sde")
+    parser.add_argument("--images", type=int, default=512, help="images of the training split (default: 512)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each rank (default: 64)")
+    parser.add_argument("--n", type=int, default=1, help="eigen: how many at each end")
+    parser.add_argument("--tol", type=float, default=1e-3, help="relative residual at which Lanczos stops")
+    parser.add_argument("--max-steps", type=int, default=60, help="products at most; as many vectors are kept")
+    parser.add_argument("--rho", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2], help="gap: radii")
+    parser.add_argument("--width", type=float, default=1.0, help="slice: how far to go, in filter norms")
+    parser.add_argument("--points", type=int, default=21, help="slice: points a direction")
+    parser.add_argument("--starts", type=int, default=3, help="convergence: random first vectors")
+    parser.add_argument("--p", type=int, default=20, help="convergence: power iterations")
+    parser.add_argument("--seed", type=int, default=0, help="of the images, random directions and first vectors")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--root", help="data.root, where it is not the run's")
+    parser.add_argument("--output", type=Path, help="folder (default: <run>/sharpness, or sharpness)")
+
+
+def run(args: Namespace) -> int:
+    """Measure, write, and say where; returns the exit code. Raises UserError for bad input."""
+    check(args)
+    from sam_repro.cli.sharpness_pictures import (
+        measured,  # torch takes seconds: not before the words are known to be right
+    )
+
+    folder = args.run if args.run is None or args.run.is_dir() else args.run.parent
+    found = measured(args, folder)
+    if found is None:
+        return 0
+    numbers, draw = found
+    output = args.output or (folder / "sharpness" if folder else Path("sharpness"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{args.what}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write in {output}: {error}") from error
+    import matplotlib.pyplot as plt
+
+    from sam_repro.paper.render.style import RC, save
+
+    with plt.rc_context(RC):  # pyright: ignore
+        figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
+        draw(figure)
+        written = save(figure, output / args.what)
+        plt.close(figure)
+    for path in [output / f"{args.what}.json", *written]:
+        print(path)
+    return 0
+
+
+def check(args: Namespace) -> None:
+    """Bad input, in one sentence."""
+    if (args.run is None) != (args.what in OF_NOTHING):
+        raise UserError(f"sharpness {args.what} {'needs' if args.run is None else 'takes no'} run directory")
+    if args.run is not None and not args.run.exists():
+        raise UserError(f"there is no {args.run}")
+    for name in ("images", "batch_size", "n", "max_steps", "points", "starts", "p"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+    for name, values in (("tol", [args.tol]), ("width", [args.width]), ("rho", args.rho)):
+        for value in values:
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name}={value} must be a finite number greater than 0")

@@ -1,0 +1,51 @@
+"""`sam-repro write`: a data set to train.beton and val.beton, each with a manifest.
+
+  sam-repro write imagenet --src /data/ILSVRC2012 --dst /data/imagenet     # folders, or the original tar files
+  sam-repro write pets --src /data/torchvision --dst /data/pets --download
+  sam-repro write arrays --src images.npz --dst /data/mine
+
+A JPEG that FFCV can decode and that is small enough keeps its original bytes: writing loses nothing. Larger images,
+other formats and CMYK are re-encoded; arrays keep their pixels. EXIF orientation is not applied, as TensorFlow's
+pipelines do not. The same command again does nothing, or writes what changed.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sam_repro.data.write.dataset import LAYOUTS, write_dataset
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of `sam-repro write`."""
+    parser.add_argument("name", choices=sorted(LAYOUTS), help="the data set, or the layout it comes in")
+    parser.add_argument("--src", type=Path, required=True, help="folder (arrays: .npz file) to read")
+    parser.add_argument("--dst", type=Path, required=True, help="folder to write; data.root of a run")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch the data into --src first")
+    parser.add_argument("--max-side", type=int, default=500, help="pixels; larger images are shrunk (default: 500)")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of re-encoded images (default: 90)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and list them")
+    parser.add_argument("--num-classes", type=int, help="how many classes there must be")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads (default: the cores, at most 16)")
+
+
+def run(args: Namespace) -> int:
+    """Write, and say what was written; returns the exit code."""
+    manifests = write_dataset(
+        args.src,
+        args.dst,
+        layout=args.name,
+        download=args.download,
+        max_side=args.max_side,
+        quality=args.quality,
+        skip_bad=args.skip_bad,
+        num_classes=args.num_classes,
+        workers=args.workers,
+    )
+    for split, content in manifests.items():
+        print(
+            f"{split}: {content['samples']:,} images in {len(content['classes'])} classes, "
+            f"{content['bytes'] / 1e6:,.1f} MB, {content['reencoded']:,} re-encoded, {len(content['skipped'])} left out"
+        )
+    return 0

@@ -1,0 +1,69 @@
+"""The name of a run: a hash of everything that may change its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from sam_repro.config.compose import to_dict
+from sam_repro.config.schema import Config
+
+# Keys that say where and how fast, not what: two runs that differ only here are the same run.
+MACHINE_KEYS = (
+    "log",
+    "sharpness",
+    "optim.groups",
+    "data.root",
+    "data.backend",
+    "data.workers",
+    "data.eval_batch_size",
+    "data.eval_sets",
+    "data.eval_root",
+    "train.device",
+    "train.compile",
+    "train.threads",
+    "train.log_every",
+    "train.save_every_minutes",
+    "train.save_every_steps",
+    "train.timeout_minutes",
+)
+
+
+def config_hash(cfg: Config) -> str:
+    """Eight hexadecimal digits of the configuration without its machine-only keys and its seed.
+
+    Only what differs from the schema's defaults counts, so that a new field does not rename the runs of before. A
+    default that changes results must therefore never be changed in place.
+    """
+    tree = to_dict(cfg)
+    for key in MACHINE_KEYS:
+        node, parts = tree, key.split(".")
+        for part in parts[:-1]:
+            node = node[part]
+        del node[parts[-1]]
+    del tree["seed"]
+    start = Path(cfg.init) if cfg.init else None
+    if start and start.parent == Path(cfg.log.runs_dir):  # a run's folder: where runs lie is the machine's business
+        tree["init"] = f"runs/{start.name}"
+    told = different(tree, to_dict(Config()))
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def different(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The part of a tree that differs from another."""
+    told = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(default.get(key), dict):
+            value = different(value, default[key])
+            if value:
+                told[key] = value
+        elif key not in default or value != default[key]:
+            told[key] = value
+    return told
+
+
+def run_id(cfg: Config) -> str:
+    """<model>-<optim>-s<seed>-<hash>: equal on every rank, every requeue and every machine."""
+    return f"{cfg.model.name}-{cfg.optim.name}-s{cfg.seed}-{config_hash(cfg)}"

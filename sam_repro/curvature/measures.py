@@ -1,0 +1,57 @@
+"""What the papers call sharpness: the surrogate gap, the eigenvalue it stands for, and the perturbation's alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sam_repro.optim.hessian import Hessian
+from sam_repro.optim.perturbations import PERTURBATIONS
+
+
+def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
+    """The surrogate gap h at radius rho, and what it says of the dominant eigenvalue.
+
+    h = f_p - f with f_p = f(w + rho g / ||g||). Lemma 3.3 of the GSAM paper: sigma_max ~ 2h / rho^2 at a minimum.
+    Elsewhere 2h / rho^2 = 2||g|| / rho + g'Hg / ||g||^2 + O(rho), so the first term is given on its own: it says
+    nothing of curvature, and only where ||g|| << rho sigma_max may the estimate be read as an eigenvalue.
+
+    Returns:
+        loss, loss_robust, surrogate_gap, grad_norm; estimate = 2h/rho^2, first_order = 2||g||/rho, and their
+        difference curvature, which is g'Hg/||g||^2 <= sigma_max up to O(rho).
+
+    Raises:
+        ValueError: a radius that is not positive.
+    """
+    if not rho > 0:
+        raise ValueError(f"the surrogate gap needs a radius greater than 0, not {rho}")
+    f, g = hessian.gradient()
+    (eps,) = PERTURBATIONS["sam"]([g], [g], rho)
+    moved = [p + e for p, e in zip(hessian.params.values(), hessian.unflatten(eps), strict=True)]
+    f_p = float(hessian.loss(moved))
+    h, norm = f_p - float(f), float(g.norm())
+    estimate, first_order = 2 * h / rho**2, 2 * norm / rho
+    return {
+        "rho": rho,
+        "loss": float(f),
+        "loss_robust": f_p,
+        "surrogate_gap": h,
+        "grad_norm": norm,
+        "estimate": estimate,
+        "first_order": first_order,
+        "curvature": estimate - first_order,
+    }
+
+
+def alignment(eps: Tensor | Sequence[Tensor] | Mapping[str, Tensor], v: Tensor) -> float:
+    """|<eps, v>| / (||eps|| ||v||): 1 where the perturbation looks along the top eigenvector. 0 for a zero eps.
+
+    Eigen-SAM paper, section 4: SAM lowers the top eigenvalue as far as its perturbation is aligned with v.
+    """
+    if not isinstance(eps, Tensor):
+        tensors = eps.values() if isinstance(eps, Mapping) else eps
+        eps = torch.cat([t.reshape(-1) for t in tensors])
+    norms = float(eps.norm() * v.norm())
+    return abs(float(torch.dot(eps, v))) / norms if norms else 0.0

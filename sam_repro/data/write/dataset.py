@@ -1,0 +1,253 @@
+"""Write a data set as train.beton and val.beton, each with a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, remove_leftovers, write_beton
+from sam_repro.data.loaders.threads import worker_count
+from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, read_manifest, write_manifest
+from sam_repro.data.write import layouts
+from sam_repro.data.write import torchvision as torchvision_inputs
+from sam_repro.data.write.layouts import Inputs
+from sam_repro.errors import UserError
+
+ESTIMATE_FILES = 64
+WHOLE = {  # layout: {split: (classes, images)}
+    "imagenet": {"train": (1000, 1_281_167), "val": (1000, 50_000)},
+    "imagenette": {"train": (10, 9_469), "val": (10, 3_925)},
+    "imagewoof": {"train": (10, 9_025), "val": (10, 3_929)},
+}
+DOWNLOADS = ("cifar10", "cifar100", "flowers", "imagenette", "pets")
+LAYOUTS = {
+    "imagefolder": layouts.folders,
+    "imagenet": layouts.imagenet,
+    "imagewoof": layouts.folders,
+    "imagenette": torchvision_inputs.imagenette,
+    "cifar10": torchvision_inputs.cifar10,
+    "cifar100": torchvision_inputs.cifar100,
+    "flowers": torchvision_inputs.flowers,
+    "pets": torchvision_inputs.pets,
+    "arrays": layouts.arrays,
+    "hf": layouts.huggingface,
+}
+
+
+class Encoded(NamedTuple):
+    """One image as it will be stored."""
+
+    data: bytes  # a JPEG, or raw pixels
+    height: int  # pixels
+    width: int
+    reencoded: bool
+    raw: bool = False
+
+
+def encode(data: bytes | np.ndarray, *, max_side: int, quality: int) -> Encoded:
+    """What to store for an image file's bytes: these bytes if they will do, else a re-encoded image.
+
+    Pixels (uint8 [H, W] or [H, W, 3]) are stored as they are, unless they are too large. The image is decoded
+    completely either way. Raises ValueError or OSError when that fails or it is too small.
+    """
+    if isinstance(data, np.ndarray):
+        pixels = np.ascontiguousarray(data if data.ndim == 3 else np.repeat(data[..., None], 3, 2))
+        if max(pixels.shape[:2]) <= max_side and min(pixels.shape[:2]) >= MIN_SIDE:
+            return Encoded(pixels.tobytes(), *pixels.shape[:2], False, True)
+        image = Image.fromarray(pixels)
+    else:
+        image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    fits = max(width, height) <= max_side
+    if isinstance(data, bytes) and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and fits:
+        image.load()
+        encoded = Encoded(data, height, width, False)
+    else:
+        pixels = np.asarray(image.convert("RGB"))
+        if not fits:
+            scale = max_side / max(width, height)
+            size = max(round(width * scale), 1), max(round(height * scale), 1)
+            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+        done, stream = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        assert done
+        encoded = Encoded(stream.tobytes(), *pixels.shape[:2], True)
+    if min(encoded.height, encoded.width) < MIN_SIDE:
+        raise ValueError(f"{encoded.width}x{encoded.height} pixels are too few, a side needs {MIN_SIDE}")
+    if len(encoded.data) > PAGE - CRC:
+        raise ValueError(f"its {len(encoded.data)} bytes exceed {PAGE - CRC}; a smaller max_side re-encodes it")
+    return encoded
+
+
+def write_dataset(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    layout: str = "imagefolder",
+    download: bool = False,
+    max_side: int = 500,
+    quality: int = 90,
+    skip_bad: bool = False,
+    num_classes: int | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Write the splits found in `src` to dst/<split>.beton with a manifest each, and return the manifests.
+
+    A split whose inputs and settings did not change is left as it is.
+
+    Args:
+        layout: a name in LAYOUTS.
+        download: let torchvision fetch the data first.
+        max_side: pixels; larger images are shrunk to it by area averaging and re-encoded.
+        quality: JPEG quality of re-encoded images.
+        skip_bad: leave unreadable images out and list them in the manifest, instead of stopping.
+        num_classes: how many classes there must be; None: as many as there are.
+        workers: decoding threads; 0: the cores of this machine, at most 16.
+
+    Raises:
+        UserError: bad folders, an unreadable image (named), other classes in one split than in another, a full disk.
+    """
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    if max_side < MIN_SIDE or not 1 <= quality <= 100:
+        raise UserError(f"max_side={max_side} must be at least {MIN_SIDE}, and quality={quality} lie in 1 to 100")
+    if download and layout not in DOWNLOADS:
+        raise UserError(f"--download is for {', '.join(DOWNLOADS)}; {layout} is read from --src")
+    if download:
+        src.mkdir(parents=True, exist_ok=True)
+    if not src.exists():
+        raise UserError(f"there is no folder {src}" if layout != "arrays" else f"there is no file {src}")
+    splits = LAYOUTS[layout](src, download)
+    first, classes = next((split, inputs.classes) for split, inputs in splits.items())
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f"{src} has {len(classes)} class folders, expected {num_classes}")
+    for split, inputs in splits.items():
+        if inputs.classes != classes:
+            raise UserError(f"{split} has other class folders than {first}, for example {odd(inputs.classes, classes)}")
+    for there in (dst / f"{s}.beton" for s in ("train", "val") if s not in splits):
+        if manifest_path(there).exists() and (old := read_manifest(there)["classes"]) != classes:
+            told = f"{there} has other classes than {src}, for example {odd(old, classes)}"
+            raise UserError(f"{told}; write to another folder, or remove that file and its manifest first")
+    for split, inputs in splits.items():
+        found, whole = (len(inputs.classes), len(inputs.labels)), WHOLE.get(layout, {}).get(split)
+        if whole and found != whole:  # allowed, but an unpacking that was cut looks like this
+            print(f"{split} is not all of {layout}: {words(*found)}, of {words(*whole)}", flush=True)
+    dst.mkdir(parents=True, exist_ok=True)
+    rule = {"max_side": max_side, "quality": quality, "skip_bad": skip_bad}
+    with ThreadPoolExecutor(worker_count(workers, 1)) as pool:
+        return {s: _write_split(i, dst / f"{s}.beton", rule, pool, progress) for s, i in splits.items()}
+
+
+def odd(some: list[str], others: list[str]) -> str:
+    """A class of one list alone, or the first that stands elsewhere."""
+    alone = sorted(set(some) ^ set(others))
+    return alone[0] if alone else next(a for a, b in zip(some, others, strict=False) if a != b)
+
+
+def words(classes: int, images: int) -> str:
+    """'1,000 classes with 50,000 images'."""
+    return f"{classes:,} classes with {images:,} images"
+
+
+def _write_split(
+    inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor, progress: bool
+) -> dict[str, Any]:
+    remove_leftovers(beton)
+    fingerprint = hashlib.sha256(json.dumps([TOOL, rule, inputs.stamp]).encode()).hexdigest()
+    done = _up_to_date(beton, fingerprint)
+    if done is not None:
+        print(f"{beton} is up to date")
+        return done
+    count = len(inputs.labels)
+    _estimate(inputs, beton, rule, pool)
+    skipped: list[str] = []
+    kept: list[str] = []
+    reencoded = 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal reencoded
+        results = _ordered(inputs, range(count), rule, pool)
+        for index, result in enumerate(tqdm(results, beton.name, count, unit="image", disable=not progress)):
+            if isinstance(result, Encoded):
+                reencoded += result.reencoded
+                kept.append(inputs.names[index])
+                yield result.data, result.height, result.width, int(inputs.labels[index]), result.raw
+            elif rule["skip_bad"]:
+                skipped.append(inputs.names[index])
+            else:
+                name = f"{inputs.names[index]} ({beton.stem})"
+                raise UserError(f"cannot use {name}: {result}; --skip-bad leaves such images out")
+
+    write_beton(beton, samples(), capacity=count)
+    facts = {"rule": rule, "source": fingerprint, "reencoded": reencoded, "skipped": skipped}
+    return write_manifest(beton, inputs.classes, files=kept, **facts)
+
+
+def _ordered(
+    inputs: Inputs, indices: Iterable[int], rule: dict[str, Any], pool: ThreadPoolExecutor
+) -> Iterator[Encoded | Exception]:
+    """The encoded images in order, or what went wrong; a bounded number is in memory."""
+    pending: deque = deque()
+    try:
+        for index in indices:
+            pending.append(pool.submit(_load, inputs, index, rule))
+            if len(pending) > 256:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+def _load(inputs: Inputs, index: int, rule: dict[str, Any]) -> Encoded | Exception:
+    try:
+        return encode(inputs.read(index), max_side=rule["max_side"], quality=rule["quality"])
+    except Exception as error:  # Pillow raises many types for damaged files; the caller names the file
+        return error
+
+
+def _estimate(inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor) -> None:
+    """Print what the file will weigh and take, from a sample. Raises UserError when the disk is too small."""
+    count = len(inputs.labels)
+    some = np.linspace(0, count - 1, min(count, ESTIMATE_FILES)).astype(int)
+    began = time.perf_counter()
+    sizes = [len(r.data) for r in _ordered(inputs, some, rule, pool) if isinstance(r, Encoded)]
+    seconds = (time.perf_counter() - began) / len(some) * count
+    size = METADATA_AT + count * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
+    free = shutil.disk_usage(beton.parent).free
+    wait = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{math.ceil(seconds)} s"
+    print(f"{beton}: {count:,} images, about {size / 1e9:.2f} GB and {wait}", flush=True)
+    if size > free:
+        raise UserError(f"{beton.parent} has {free / 1e9:.2f} GB free; {beton.name} needs about {size / 1e9:.2f} GB")
+
+
+def _up_to_date(beton: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of a file that was written from the same inputs and is still intact, else None."""
+    if not (beton.exists() and manifest_path(beton).exists()):
+        return None
+    try:
+        file = BetonFile.open(beton)
+    except UserError:
+        return None  # damaged: written again
+    try:
+        content = check_manifest(file)
+    except UserError:
+        return None
+    finally:
+        file.close()
+    return content if content.get("source") == fingerprint else None

@@ -1,0 +1,1 @@
+"""The processes of a run: the ranks, and the heartbeat by which they watch each other."""

@@ -1,0 +1,1 @@
+"""timm's models, initialised as the reference does, and what a run differentiates."""

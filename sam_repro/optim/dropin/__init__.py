@@ -1,0 +1,1 @@
+"""The same methods as torch.optim.Optimizer, for other people's loops."""

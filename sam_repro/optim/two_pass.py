@@ -1,0 +1,272 @@
+"""The two-pass engine: one method's gradient of one batch, in p.grad, for any number of ranks.
+
+Most sharpness-aware methods have no state of their own: the perturbation lives for half a step. So the engine is a
+function of the weights that leaves a gradient behind, and a plain torch optimizer owns its state. The few methods that
+remember something (a running mean, an eigenvector) say so in state_dict(). The weights themselves are never written:
+the robust pass reads a perturbed copy, so that the weights after a step are bitwise those before it, whatever happens
+in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_repro.optim.combinations import COMBINATIONS, THREE_PASSES, Coefficient, ratio
+from sam_repro.optim.perturbations import Perturbation, Tensors, build_perturbation, group_seed, inner, squared_norm
+
+# Mean loss of some images: objective(params | buffers, *batch) -> 0-d tensor.
+Objective = Callable[..., Tensor]
+
+# What a step reports, in this order; means over all groups of all ranks.
+ALIGN = 4  # elements: every part of the flat buffer starts at 16 bytes or more, what a vectorised load wants
+METRICS = ("loss", "loss_robust", "surrogate_gap", "cosine", "grad_norm", "grad_norm_robust")
+
+
+class GradientStep:
+    """Compute one method's gradient of a batch and leave it in the parameters' .grad.
+
+    The batch of this rank is cut in consecutive groups of `m` images. For each group, from the same weights w:
+
+        g = grad f(w),  eps = perturb(w, g, rho),  g_p = grad f(w + eps),  d = combine(g, g_p)
+
+    and the result is the mean of d over all groups of all ranks, reduced once. m = 64 is the reference's batch per
+    device, where each device perturbs and decomposes on its own (GSAM's official train.py; D-01). The result
+    depends on the batch and on m, not on how many ranks or passes they were spread over.
+
+    Running statistics of BatchNorm see the clean pass only, and are the mean over groups of what each group alone
+    would have left: the reference's average over devices. When `stochastic`, both passes draw the same dropout
+    masks, from a generator seeded by the caller's `seed` and the group's global number.
+
+    What a perturbation remembers is fixed during a step and updated after the reduction with the mean of g over all
+    groups, so that it too is the same for any number of ranks.
+
+    Args:
+        objective: (params | buffers, *batch) -> mean loss of the images, a 0-d tensor. May update buffers in place.
+        params: the trainable parameters by name, all of one dtype and device. Their .grad becomes a view of one
+            flat buffer, which the reduction and the clipping work on.
+        buffers: tensors that the objective reads and may update, such as running statistics.
+        perturb: a name in PERTURBATIONS, a perturbation, or "none" for the clean gradient alone.
+        combine: a name in COMBINATIONS or THREE_PASSES.
+        alpha: the combination's weight.
+        beta: CR-SAM's second weight.
+        decoupled: leave g in .grad, and d - g to `correct_`, which subtracts it from the weights without the base
+            optimizer: WSAM's default form.
+        before: called with the batch before every step; renews Eigen-SAM's eigenvector. Its state is the step's.
+        m: images a group; 0 takes the whole local batch.
+        all_reduce: sums a flat tensor over the ranks in place; None for one rank.
+        reduce_dtype: what the gradient is rounded to for the reduction; None is its own dtype.
+        rank, world: this process among them.
+        stochastic: whether the objective draws random numbers.
+
+    Raises:
+        ValueError: for an unknown name, or (when called) if m does not divide the batch.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        params: Mapping[str, Tensor],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        perturb: str | Perturbation = "none",
+        combine: str = "robust",
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        decoupled: bool = False,
+        before: Callable[..., None] | None = None,
+        m: int = 0,
+        all_reduce: Callable[[Tensor], None] | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world: int = 1,
+        stochastic: bool = False,
+    ):
+        if isinstance(perturb, str):
+            perturb = build_perturbation(perturb) if perturb != "none" else None  # pyright: ignore[reportAssignmentType]
+        if combine not in COMBINATIONS | THREE_PASSES:
+            raise ValueError(f"unknown combination '{combine}': {', '.join(COMBINATIONS | THREE_PASSES)}")
+        self.objective = objective
+        self.names = list(params)
+        self.params = [params[name] for name in self.names]
+        self.buffers = dict(buffers or {})
+        self.perturb: Perturbation | None = perturb  # pyright: ignore[reportAttributeAccessIssue]
+        self.combine: Any = (COMBINATIONS | THREE_PASSES)[combine]
+        self.three_passes = combine in THREE_PASSES
+        self.alpha, self.beta, self.decoupled, self.before, self.m = alpha, beta, decoupled, before, m
+        self.all_reduce, self.reduce_dtype = all_reduce, reduce_dtype
+        self.rank, self.world, self.stochastic = rank, world, stochastic
+        self.robust = self.perturb is not None  # whether the next step has a robust pass
+
+        # One buffer for gradient and metrics, so that one reduction carries both; a second gradient between them where
+        # the method needs the mean of g beside the mean of d (or, decoupled, the mean of d - g beside that of g).
+        sizes = [-(-p.numel() // ALIGN) * ALIGN for p in self.params]
+        self.keep_clean = not decoupled and self._wants_clean()
+        second = sum(sizes) if decoupled or self.keep_clean else 0
+        self.flat = self.params[0].new_zeros(sum(sizes) + second + len(METRICS))
+        self.gradient, self.second, self.metrics = self.flat.split([sum(sizes), second, len(METRICS)])
+        self.views, self.second_views = (
+            [v[: p.numel()].view_as(p) for v, p in zip(flat.split(sizes), self.params, strict=True)]
+            if len(flat)
+            else []
+            for flat in (self.gradient, self.second)
+        )
+
+    def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
+        """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
+        groups, m = self.groups_of(batch)
+        if self.before is not None:
+            self.before(*batch)
+        self.flat.zero_()
+        after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
+        for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
+            buffers = {name: b.clone() for name, b in self.buffers.items()}
+            self._add_group(group, buffers, rho, group_seed(seed, self.rank * groups + i), 1 / (groups * self.world))
+            self._each(torch._foreach_add_, after, buffers)
+        self._keep_buffers(after, groups)
+        self._reduce()
+        self._after_reduction()
+        for p, view in zip(self.params, self.views, strict=True):
+            p.grad = view
+        return self.metrics
+
+    def groups_of(self, batch: tuple[Tensor, ...]) -> tuple[int, int]:
+        """(groups in a batch, images in each). Raises ValueError where m does not divide it."""
+        size = len(batch[0])
+        m = self.m or size
+        if size % m:
+            raise ValueError(f"groups of m={m} images do not divide the local batch of {size}")
+        return size // m, m
+
+    def clip_(self, max_norm: float) -> Tensor:
+        """Scale the gradient to a global norm of at most `max_norm`; return the norm before. No epsilon (optax)."""
+        norm = self.gradient.norm()
+        self.gradient.mul_(torch.clamp(max_norm / norm, max=1.0).nan_to_num(1.0))
+        return norm
+
+    @torch.no_grad()
+    def correct_(self, lr: float) -> None:
+        """After the base optimizer's step: w <- w - lr (d - g) where the method is decoupled, nothing elsewhere."""
+        if self.decoupled:
+            torch._foreach_add_(self.params, self.second_views, alpha=-lr)
+
+    def report(self, seconds: float) -> dict[str, float]:
+        """What `before` says of its costs, as a share of `seconds`; nothing for most methods."""
+        return self.before.report(seconds) if hasattr(self.before, "report") else {}  # pyright: ignore
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between steps; empty for most."""
+        return {name: part.state_dict() for name, part in self._stateful().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict()."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"perturb": self.perturb, "before": self.before}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _keep_buffers(self, totals: dict[str, Tensor], groups: int) -> None:
+        """The running statistics become the mean of what each group alone would have left."""
+        if groups > 1:
+            for total in totals.values():
+                total.div_(groups) if total.is_floating_point() else total.floor_divide_(groups)
+        self._each(torch._foreach_copy_, self.buffers, totals)
+
+    def _each(self, operation: Callable, out: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+        """out (operation) other for all running statistics: a launch or two a dtype instead of one a tensor."""
+        for dtype in dict.fromkeys(b.dtype for b in self.buffers.values()):
+            names = [name for name, b in self.buffers.items() if b.dtype == dtype]
+            operation([out[name] for name in names], [other[name] for name in names])
+
+    def _reduce(self) -> None:
+        """Sum gradient and metrics over the ranks: one reduction, or a rounded one and a small one for the metrics."""
+        if self.all_reduce is None:
+            return
+        if self.reduce_dtype in (None, self.flat.dtype):
+            self.all_reduce(self.flat)
+            return
+        for part in (self.gradient, self.second):
+            if len(part):
+                rounded = part.to(self.reduce_dtype)
+                self.all_reduce(rounded)
+                part.copy_(rounded)
+        self.all_reduce(self.metrics)
+
+    def _wants_clean(self) -> bool:
+        """Whether the mean of g is wanted after a step with a robust pass."""
+        return hasattr(self.perturb, "update")
+
+    def _after_reduction(self) -> None:
+        """The perturbation's memory, from the mean of g."""
+        if hasattr(self.perturb, "update"):
+            clean = self.second_views if self.keep_clean and self.robust else self.views
+            self.perturb.update(clean)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
+
+    def _add_group(self, batch: tuple, buffers: dict[str, Tensor], rho: float, seed: int, weight: float) -> None:
+        """Add weight * (direction, metrics) of one group to the flat buffer; `buffers` are updated in place."""
+        loss, g = self._grad(self.params, buffers, batch, seed)
+        gg = squared_norm(g)
+        if self.keep_clean and self.robust:
+            torch._foreach_add_(self.second_views, g, alpha=weight)
+        if not self.robust:
+            torch._foreach_add_(self.views, g, alpha=weight)
+            zero = torch.zeros_like(loss)
+            self.metrics.add_(torch.stack([loss, loss, zero, zero + 1, gg.sqrt(), gg.sqrt()]), alpha=weight)
+            return
+
+        adversary = self._perturbation(g, rho, seed)
+        mirror = torch._foreach_sub(self.params, adversary) if self.three_passes else None
+        torch._foreach_add_(adversary, self.params)
+        loss_p, g_p = self._throwaway_grad(adversary, buffers, batch, seed)
+        del adversary
+        ggp, gpgp = inner(g, g_p), squared_norm(g_p)
+        if mirror is None:
+            gradients, coefficients = [g, g_p], self.combine(gg, ggp, gpgp, self.alpha)
+        else:
+            _, g_m = self._throwaway_grad(list(mirror), buffers, batch, seed)
+            gradients, coefficients = [g, g_p, g_m], self.combine(self.alpha, self.beta)
+        self._add_direction(gradients, list(coefficients), weight)
+        cosine = ratio(ggp, (gg * gpgp).sqrt())
+        report = [loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()]
+        self.metrics.add_(torch.stack(report), alpha=weight)
+
+    def _perturbation(self, g: Tensors, rho: float, seed: int) -> Tensors:
+        """eps of one group: new tensors."""
+        perturb: Any = self.perturb
+        if hasattr(perturb, "reseed"):
+            perturb.reseed(seed)
+        return getattr(perturb, "look", perturb)(self.params, g, rho)
+
+    def _add_direction(self, gradients: list[Tensors], coefficients: list[Coefficient], weight: float) -> None:
+        """Add weight * sum of coefficient * gradient; destroys the gradients."""
+        views = self.views
+        if self.decoupled:
+            torch._foreach_add_(self.views, gradients[0], alpha=weight)
+            coefficients[0] = coefficients[0] - 1
+            views = self.second_views
+        for coefficient, gradient in zip(coefficients, gradients, strict=True):
+            if isinstance(coefficient, Tensor):
+                torch._foreach_mul_(gradient, coefficient)
+                coefficient = 1.0
+            if coefficient:
+                torch._foreach_add_(views, gradient, alpha=coefficient * weight)
+
+    def _throwaway_grad(
+        self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int
+    ) -> tuple[Tensor, Tensors]:
+        """Loss and gradient at other weights; the buffers stay as the clean pass left them."""
+        return self._grad(params, {name: b.clone() for name, b in buffers.items()}, batch, seed)
+
+    def _grad(self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int) -> tuple[Tensor, Tensors]:
+        """Loss and gradient at `params`; zeros for parameters that the loss does not reach."""
+        if self.stochastic:
+            torch.manual_seed(seed)
+        leaves = [p.detach().requires_grad_() for p in params]
+        loss = self.objective(dict(zip(self.names, leaves, strict=True)) | buffers, *batch)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return loss.detach().to(self.flat.dtype), list(grads)

@@ -1,0 +1,249 @@
+"""A table joined with the ledger: what came out of every row, as data that all renderers share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sam_repro.errors import UserError
+from sam_repro.paper.runs import Run, runs_of
+from sam_repro.paper.spec import Column, Table, TableRow
+from sam_repro.paper.statistics import Comparison, Interval, compare, interval, magnitudes, verdict
+from sam_repro.records.ledger import Row, read_row, row_path
+from sam_repro.records.lock import is_held
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table beside the paper's."""
+
+    column: Column
+    ours: Interval | None
+    printed: float | str | None
+    verdict: str
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.ours is None or not isinstance(self.printed, (int, float)):
+            return None
+        return self.ours.mean - self.printed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of a table with its runs and their ledger rows."""
+
+    row: TableRow
+    runs: tuple[Run, ...]
+    ledger: tuple[Row, ...]  # of the runs that finished or diverged
+    state: str  # nothing to run | pending | running 40 % | partial | done | diverged
+    cells: tuple[Cell, ...]
+
+    def by_seed(self, column: Column) -> dict[int, float]:
+        """{seed: value} of the runs that are done."""
+        values = {row["seed"]: value_of(row, column) for row in self.ledger if row["status"] == "done"}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def metric(self, name: str) -> float | None:
+        """Mean over seeds of the last logged value of a training curve: surrogate_gap, cosine, ..."""
+        ends = [last(row, name) for row in self.ledger if row["status"] == "done"]
+        ends = [end for end in ends if end is not None]
+        return statistics.fmean(ends) if ends else None
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median milliseconds a step, over all logged intervals of all seeds."""
+        alone = [row for row in self.ledger if row.get("sharing", 1) == 1]  # several runs on a GPU slow each other
+        times = [t for row in alone for t in curve(row, "step_seconds") if t is not None]
+        return 1000 * statistics.median(times) if times else None
+
+
+def outcomes(table: Table, ledger_dir: Path | None = None, *, seeds: int | None = None) -> list[Outcome]:
+    """What came out of every row of a table.
+
+    Args:
+        ledger_dir: folder of ledger rows; None takes the folder in each run's configuration.
+        seeds: instead of the number the rows ask for.
+
+    Raises:
+        UserError: a folder that was named but does not exist, a damaged row, or overrides that do not compose.
+    """
+    if ledger_dir is not None and not ledger_dir.is_dir():
+        raise UserError(f"there is no folder {ledger_dir} with ledger rows")
+    return [outcome(table, row, ledger_dir, seeds=seeds) for row in table.rows]
+
+
+def outcome(
+    table: Table, row: TableRow, ledger_dir: Path | None, *, seeds: int | None, extra: tuple[str, ...] = ()
+) -> Outcome:
+    """What came out of one row; `extra`: overrides laid over the row's."""
+    runs = runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger_dir)
+    paths = [row_path(ledger_dir or r.config.log.ledger_dir, r.run_id) for r in runs]
+    found = [read_row(path) for path in paths if path.exists()]
+    state = "pending" if row.tuned and not runs else state_of(runs, found)
+    cells = []
+    for column in table.columns:
+        values = [value_of(r, column) for r in found if r["status"] == "done"]
+        values += [computed(row, column)] if row.overrides is None else []
+        values = [v for v in values if v is not None]
+        ours, printed = summary(values, column), row.printed.get(column.name)
+        word = verdict(ours, printed, digits=column.digits)
+        if word == "pending" and state != "done":
+            word = state
+        if any(r["status"] == "diverged" for r in found):
+            word = "diverged"
+        cells.append(Cell(column, ours, printed, word))
+    return Outcome(row, tuple(runs), tuple(found), state, tuple(cells))
+
+
+def state_of(runs: list[Run], found: list[Row]) -> str:
+    """One word on the runs of a row."""
+    if not runs:
+        return "nothing to run"
+    if any(row["status"] == "diverged" for row in found):
+        return "diverged"
+    if len(found) == len(runs):
+        return "done"
+    if any(is_running(r) for r in runs):
+        return "running"
+    return "partial" if found else "pending"
+
+
+def is_running(r: Run) -> bool:
+    """Whether a process on this machine or file system holds the run's lock and shows signs of life."""
+    return is_held(Path(r.config.log.runs_dir) / r.run_id)
+
+
+def summary(values: list[float], column: Column) -> Interval | None:
+    """Mean and interval of a column's values, of magnitudes geometric mean and range; None of none."""
+    return (magnitudes if column.magnitude else interval)(values) if values else None
+
+
+def value_of(row: Row, column: Column) -> float | None:
+    """A column's value in a ledger row: accuracy in % from counts, or what the dotted path leads to.
+
+    `last.<metric>` is the last logged value of a training curve.
+    """
+    if column.value is None:
+        counts = row["evals"].get(column.name)
+        return 100 * counts["correct"] / counts["total"] if counts and counts["total"] else None
+    node: Any = row
+    if column.value.startswith("last."):
+        node = last(row, column.value.removeprefix("last."))
+    else:
+        for key in column.value.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, (int, float)):
+        return None
+    return abs(float(node)) if column.magnitude else float(node)
+
+
+def computed(row: TableRow, column: Column) -> float | None:
+    """A value that needs no run: of GSAM's toy (Fig. 3), the top eigenvalue where a method ends."""
+    if column.value != "toy.sharpness":
+        return None
+    from sam_repro.paper.toy import descend
+
+    return descend(row.method_id).top
+
+
+def curve(row: Row, name: str) -> list[float | None]:
+    """A training curve of a ledger row, empty where it has none."""
+    return row.get("curves", {}).get("train", {}).get(name, [])
+
+
+def last(row: Row, name: str) -> float | None:
+    """The last value of a training curve: the mean over the last logging interval."""
+    values = curve(row, name)
+    return values[-1] if values else None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Whether one method beats the one before it, for one model."""
+
+    model: str
+    worse: str
+    better: str
+    comparison: Comparison | None
+
+
+def order_of_methods(table: Table, found: list[Outcome]) -> list[Order]:
+    """Every neighbouring pair of `table.order`, model by model, on the first column, paired by seed."""
+    by_id = {o.row.id: o for o in found}
+    models = list(dict.fromkeys(o.row.id.split("/")[0] for o in found))
+    pairs = []
+    for model in models:
+        named = [by_id[f"{model}/{method}"] for method in table.order if f"{model}/{method}" in by_id]
+        for worse, better in zip(named, named[1:], strict=False):
+            tested = compare(worse.by_seed(table.columns[0]), better.by_seed(table.columns[0]))
+            pairs.append(Order(worse.row.model, worse.row.method, better.row.method, tested))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best point of a sweep on the evaluation set that selects."""
+
+    outcome: Outcome
+    score: float  # mean over seeds, in %
+    measured: int  # points of the sweep that have a run
+    points: int
+
+
+def winners(table: Table, found: list[Outcome]) -> list[Winner]:
+    """The winner of every sweep, <model>/<method>, on `table.select`; the test set has no say.
+
+    A point of which any seed diverged cannot win by the seeds that did not.
+    """
+    if not table.select:
+        return []
+    chooser = Column(table.select, table.select)
+    sweeps: dict[str, list[Outcome]] = {}
+    for o in found:
+        if o.row.point:
+            sweeps.setdefault("/".join(o.row.id.split("/")[:-1]), []).append(o)
+    best = []
+    for points in sweeps.values():
+        sound = [o for o in points if o.state != "diverged"]
+        scored = [(interval(list(values.values())).mean, o) for o in sound if (values := o.by_seed(chooser))]
+        if scored:
+            score, o = max(scored, key=lambda pair: pair[0])
+            best.append(Winner(o, score, len(scored), len(points)))
+    return best
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a table come from."""
+
+    runs: int
+    seeds: tuple[int, ...]
+    commits: tuple[str, ...]  # abbreviated; "+" marks a changed checkout
+    hardware: tuple[str, ...]
+    versions: tuple[str, ...]
+    dates: tuple[str, ...]
+    hours: float
+
+
+def provenance_of(found: Iterable[Outcome]) -> Provenance | None:
+    """The provenance of all ledger rows of a table, or None without any."""
+    rows = list({row["run_id"]: row for o in found for row in o.ledger}.values())
+    if not rows:
+        return None
+    named = ("torch", "timm", "ffcv")
+    versions = {f"{k} {row['versions'][k]}" for row in rows for k in named if k in row.get("versions", {})}
+    days = sorted({row["finished"][:10] for row in rows if row.get("finished")})
+    return Provenance(
+        runs=len(rows),
+        seeds=tuple(sorted({row["seed"] for row in rows})),
+        commits=tuple(sorted({row["commit"][:8] + ("+" if row["dirty"] else "") for row in rows})),
+        hardware=tuple(sorted({f"{row.get('world', 1)} x {row['hardware']}" for row in rows})),
+        versions=tuple(sorted(versions)),
+        dates=tuple(dict.fromkeys((days[0], days[-1]))) if days else (),
+        hours=sum(row.get("hours", 0.0) for row in rows),
+    )

@@ -1,0 +1,299 @@
+"""Draw a table's curves, sweeps or dots, beside the paper's own values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sam_repro.errors import UserError
+from sam_repro.paper.outcomes import Cell, Outcome, curve, provenance_of
+from sam_repro.paper.render.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, logarithmic
+from sam_repro.paper.spec import UNREADABLE, Column, Table
+from sam_repro.paper.statistics import Interval, interval
+from sam_repro.paper.toy import draw_toy, trajectories
+from sam_repro.records.ledger import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# metric of a training curve: (title, what it is)
+METRICS = {
+    "surrogate_gap": ("Surrogate gap h", "fₚ(w) − f(w) at the run's own ρ"),
+    "cosine": ("cos θ", "θ: angle between ∇f and ∇fₚ"),
+    "loss": ("Training loss f", "clean pass"),
+    "grad_norm": ("‖∇f‖", "clean pass"),
+    "rho": ("Radius ρ", "of the perturbation"),
+}
+
+
+def has_number(o: Outcome) -> bool:
+    """Whether the paper prints a number for the row that our sources hold."""
+    return any(isinstance(value, (int, float)) for value in o.row.printed.values())
+
+
+def draw(table: Table, found: list[Outcome]) -> Figure:
+    """The figure of a table."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    with matplotlib.rc_context(RC):
+        return DRAW[table.figure.get("kind", "dots")](table, found)
+
+
+def draw_surface(table: Table, found: list[Outcome]) -> Figure:
+    """GSAM's Fig. 3, computed on the spot: nothing is trained."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_title(f"{table.title}\n", fontweight="bold")
+    ax.text(
+        0, 1.02, "our surface and settings: the paper prints neither", transform=ax.transAxes, color=SOFT, fontsize=9
+    )
+    draw_toy(ax, trajectories())
+    plt.close(figure)
+    return figure
+
+
+def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure of n panels with title and provenance."""
+    import matplotlib.pyplot as plt
+
+    inches = max(6.4, 4.1 * n + 0.6)
+    figure, axes = plt.subplots(1, n, figsize=(inches, 3.5), squeeze=False)
+    figure.subplots_adjust(wspace=0.5, top=0.77, bottom=0.2)
+    left = axes[0][0].get_position().x0
+    size = min(13, 130 * (0.95 - left) * inches / len(table.title))  # a long title in smaller letters, not a wider page
+    figure.text(left, 0.99, table.title, fontsize=size, fontweight="bold", va="top")
+    p, said = provenance_of(found), "no run yet"
+    if p is not None:
+        seeds = f"mean and 95 % interval over seeds {', '.join(map(str, p.seeds))}" if len(p.seeds) > 1 else "one seed"
+        said = " · ".join([seeds, *p.hardware, f"commit {', '.join(p.commits)}"])
+    if any(map(has_number, found)):
+        said += " · ◇ the paper's value"
+    figure.text(left, 0.01, said, fontsize=8, color=SOFT, va="bottom")
+    plt.close(figure)
+    return figure, list(axes[0])
+
+
+# ---- curves over training steps ------------------------------------------------------------------------------------
+
+
+def draw_curves(table: Table, found: list[Outcome]) -> Figure:
+    """One panel a metric or evaluation set, one line a row."""
+    panels = table.figure.get("panels", [table.columns[0].name, *list(METRICS)[:2]])
+    figure, axes = panels_figure(table, found, len(panels))
+    titles = {c.name: c.title for c in table.columns}
+    colours = colours_of([name_of(o) for o in found])
+    for ax, panel in zip(axes, panels, strict=True):
+        if panel not in titles and panel not in METRICS:
+            raise UserError(f"table {table.name}: '{panel}' is neither a column nor one of {', '.join(METRICS)}")
+        title, what = METRICS.get(panel, ("Accuracy", f"{titles.get(panel)}, % correct"))
+        ax.set_title(f"{title}\n", loc="left")
+        ax.text(0, 1.03, what, transform=ax.transAxes, color=SOFT, fontsize=9)
+        ax.set_xlabel("training step")
+        ends, lows, highs = [], [], []
+        for o in found:
+            if panel in METRICS and panel != "loss" and o.row.method_id == "vanilla":
+                continue  # without a perturbation there is no gap and no angle
+            points = band([line_of(row, panel) for row in o.ledger if row["status"] == "done"])
+            if not points:
+                continue
+            xs, mids, los, his = zip(*points, strict=True)
+            colour = colours[name_of(o)]
+            ax.plot(xs, mids, color=colour, solid_capstyle="round")
+            ax.fill_between(xs, los, his, color=colour, alpha=0.15, linewidth=0)
+            ends.append((xs[-1], mids[-1], o.row.series or o.row.method.split(" (")[0], colour))
+            late = len(xs) // 10  # the first steps are a transient that would flatten the rest
+            lows.append(min(mids[late:]))
+            highs.append(max(mids[late:]))
+        if lows:
+            room = 0.08 * (max(highs) - min(lows) or 1)
+            ax.set_ylim(min(lows) - room, max(highs) + room)
+            ax.set_xlim(left=0, right=max(end[0] for end in ends))
+        empty_or_labels(ax, ends, found)
+    return figure
+
+
+def line_of(row: Row, panel: str) -> dict[int, float]:
+    """{step: value} of one run: a training metric, or the accuracy in % on an evaluation set."""
+    if panel in METRICS:
+        steps = curve(row, "step")
+        return {int(s): v for s, v in zip(steps, curve(row, panel), strict=True) if s is not None and v is not None}
+    points = row.get("curves", {}).get("eval", [])
+    return {e["step"]: 100 * e["correct"] / e["total"] for e in points if e["eval"] == panel}
+
+
+def band(lines: list[dict[int, float]]) -> list[tuple[float, float, float, float]]:
+    """(step, mean, low, high) at the steps that all lines share."""
+    if not lines:
+        return []
+    points = []
+    for step in sorted(set.intersection(*(set(line) for line in lines))):
+        at = interval([line[step] for line in lines])
+        half = at.half or 0.0
+        points.append((step, at.mean, at.mean - half, at.mean + half))
+    return points
+
+
+def name_of(o: Outcome) -> str:
+    """What a row's colour goes by: its series in a figure that has several of a method, else its method."""
+    return o.row.series or o.row.method_id
+
+
+# ---- sweeps: a value against a hyper-parameter ---------------------------------------------------------------------
+
+
+def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
+    """One panel a column, one line a series, its points at the rows' x."""
+    panels = columns_of(table)
+    figure, axes = panels_figure(table, found, len(panels))
+    colours = colours_of_series(found)
+    for ax, column in zip(axes, panels, strict=True):
+        ax.set_title(title_of(column, found))
+        if column.magnitude:
+            logarithmic(ax, "y")
+        ax.set_xlabel(table.figure.get("x_title", ""))
+        if table.figure.get("log_x"):
+            ax.set_xscale("log")
+            at = sorted({o.row.x for o in found if o.row.x is not None})
+            ax.set_xticks(at, [f"{x:g}" for x in at], minor=False)
+            ax.set_xticks([], minor=True)
+        ends = []
+        for name in colours:
+            points = [(o.row.x, cell_of(o, column)) for o in found if o.row.series == name and o.row.x is not None]
+            points.sort(key=lambda point: point[0])
+            ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
+            if ours:
+                xs, means = [x for x, _ in ours], [at.mean for _, at in ours]
+                ax.errorbar(
+                    xs, means, bars([at for _, at in ours]), color=colours[name], marker="o", markersize=5, elinewidth=1
+                )
+                ends.append((xs[-1], means[-1], name, colours[name]))
+            for x, cell in points:
+                if isinstance(cell.printed, (int, float)):
+                    ax.plot(x, cell.printed, **PRINTED)
+        for o in found:  # without an abscissa: a level to compare with
+            level = cell_of(o, column).ours
+            if o.row.x is None and level is not None:
+                ax.axhline(level.mean, color=colours[o.row.series], linestyle="--", linewidth=1.2)
+                right = max((r.row.x for r in found if r.row.x is not None), default=1)
+                ends.append((right, level.mean, o.row.series, colours[o.row.series]))
+        empty_or_labels(ax, ends, found)
+    return figure
+
+
+def colours_of_series(found: list[Outcome]) -> dict[str, str]:
+    """{series: colour}: the method's own where methods differ and it is not taken, else the next of the palette."""
+    own = colours_of([o.row.method_id for o in found])
+    colours: dict[str, str] = {}
+    for o in found:
+        if o.row.series not in colours:
+            first = own[o.row.method_id] if len(own) > 1 else PALETTE[0]
+            free = [c for c in (first, *PALETTE) if c not in colours.values()]
+            colours[o.row.series] = free[0] if free else PALETTE[len(colours) % len(PALETTE)]
+    return colours
+
+
+# ---- dots: methods beside each other -------------------------------------------------------------------------------
+
+
+def draw_dots(table: Table, found: list[Outcome]) -> Figure:
+    """One panel a column; a line a model with a dot a method, or a line a method where there is one model."""
+    panels = columns_of(table)
+    figure, axes = panels_figure(table, found, len(panels))
+    one_model = len({o.row.model for o in found}) == 1
+    lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in found))
+    colours = colours_of([o.row.method_id for o in found])
+    methods = [] if one_model else list(colours)
+    beside = {
+        m: 0.7 * ((i + 0.5) / len(methods) - 0.5) for i, m in enumerate(methods)
+    }  # so that intervals do not overlap
+    above, below = (0.7 if one_model else 1.05), 0.65  # inches: the title, the methods' names; ticks, provenance
+    height = max(2.4, above + below + max(0.3, 0.13 * len(methods)) * len(lines))
+    figure.set_figheight(height)
+    figure.subplots_adjust(wspace=0.12, top=1 - above / height, bottom=below / height)
+    for ax, column in zip(axes, panels, strict=True):
+        ax.set_title(title_of(column, found))
+        if column.magnitude:
+            logarithmic(ax, "x")
+        ax.grid(axis="y", visible=False)
+        ax.hlines(range(len(lines)), 0, 1, transform=ax.get_yaxis_transform(), color=LINE, linewidth=0.6, zorder=0)
+        ax.set_ylim(len(lines) - 0.4, -0.6)
+        ax.set_yticks(range(len(lines)), lines if ax is axes[0] else [""] * len(lines))
+        drawn = False
+        for o in found:
+            y, cell = lines.index(o.row.method if one_model else o.row.model), cell_of(o, column)
+            y, colour = y + beside.get(o.row.method_id, 0), colours[o.row.method_id]
+            if isinstance(cell.printed, (int, float)):
+                ax.plot(cell.printed, y, **PRINTED | {"markeredgecolor": colour})
+                drawn = True
+            if cell.ours is not None:
+                ax.errorbar(cell.ours.mean, y, xerr=bars([cell.ours]), color=colour, marker="o", markersize=6)
+                drawn = True
+        if not drawn:
+            ax.set_xticks([])
+            ax.text(0.5, 0.5, "no value yet", transform=ax.transAxes, ha="center", va="center", color=SOFT)
+    if not one_model:
+        key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(found)}
+        label_methods(figure, axes[0], [(key[m], colours[m]) for m in colours if m in key])
+    return figure
+
+
+def bars(found: list[Interval]) -> tuple[list[float], list[float]]:
+    """What error bars reach below and above: the interval, or a magnitude's range over seeds."""
+    ends = [at.span or (at.mean - (at.half or 0), at.mean + (at.half or 0)) for at in found]
+    below = [max(0.0, at.mean - low) for at, (low, _) in zip(found, ends, strict=True)]
+    return below, [max(0.0, high - at.mean) for at, (_, high) in zip(found, ends, strict=True)]
+
+
+def title_of(column: Column, found: list[Outcome]) -> str:
+    """A panel's title; of magnitudes it says what the bars are."""
+    said = f"{column.title}, {column.unit}" if column.unit else column.title
+    barred = column.magnitude and any(len(o.by_seed(column)) > 1 for o in found)
+    return f"{said} (range over seeds)" if barred else said
+
+
+def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, str]]) -> None:
+    """The methods' names in their colours, in one line under the title."""
+    x, y = ax.get_position().x0, 1 - 0.36 / figure.get_figheight()
+    inches = figure.get_figwidth()
+    for title, colour in key:
+        figure.text(x, y, title, color=colour, fontweight="bold", va="top")
+        x += (0.1 * len(title) + 0.2) / inches
+
+
+PRINTED = {"marker": "D", "markersize": 6, "markerfacecolor": "none", "markeredgecolor": SOFT, "linestyle": "none"}
+
+
+def columns_of(table: Table) -> list[Column]:
+    """The columns that the figure shows."""
+    by_name = {c.name: c for c in table.columns}
+    return [by_name[name] for name in table.figure.get("panels", list(by_name))]
+
+
+def cell_of(o: Outcome, column: Column) -> Cell:
+    """A row's cell in a column."""
+    return next(cell for cell in o.cells if cell.column is column)
+
+
+def empty_or_labels(ax: Axes, ends: list[tuple[float, float, str, str]], found: list[Outcome]) -> None:
+    """Label the lines, or say that there are none and why."""
+    label_lines(ax, ends)
+    if not ends:
+        xs = [o.row.x for o in found if isinstance(o.row.x, (int, float))]
+        ax.set_xlim(*limits(xs or [0, 1]))
+        ax.set_yticks([])
+        unread = any(cell.verdict == UNREADABLE for o in found for cell in o.cells)
+        text = "no run yet; the paper's values\nare not in our sources" if unread else "no run yet"
+        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=SOFT)
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """The range of some values with a little room."""
+    room = 0.05 * (max(values) - min(values) or 1)
+    return min(values) - (room if min(values) > room else 0), max(values) + room
+
+
+DRAW = {"curves": draw_curves, "sweep": draw_sweep, "dots": draw_dots, "toy": draw_surface}

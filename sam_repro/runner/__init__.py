@@ -1,0 +1,1 @@
+"""Running what tables and plans ask for: plan, queue, workers, status."""
