@@ -23,6 +23,7 @@ def validate(cfg: Config) -> None:
         "data.backend": ("auto", "ffcv", "torch", "memory"),
         "data.decode": ("auto", "cpu", "gpu"),
         "data.interpolation": ("area", "bilinear", "bicubic"),
+        "data.crop_mode": ("center", "squash", "border"),
         "train.device": ("auto", "cpu", "cuda"),
         "train.dtype": ("auto", "bf16", "fp32"),
         "train.reduce": ("fp32", "bf16"),

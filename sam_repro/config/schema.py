@@ -206,6 +206,7 @@ class DataConfig:
     antialias: bool = False  # training crop: area-average instead of plain bilinear
     eval_batch_size: int = 256  # of this rank
     interpolation: str = "area"  # evaluation resize: area | bilinear, bicubic (Pillow's, for weights of others)
+    crop_mode: str = "center"  # evaluation, as timm: center (short side to eval_resize) | squash (both) | border (long)
     eval_sets: list[str] = field(default_factory=lambda: ["val"])  # counted after training: data/evalsets.py
     eval_root: str | None = None  # folder of the published test sets V2, R and C; none: data.root
     finetune_steps: int = 500  # of recipe=finetune, GSAM paper B.2
