@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,13 +19,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     path = path / "model.safetensors" if path.is_dir() else path
     try:
-        if path.suffix == ".pt":
-            state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        else:
-            state = load_file(path)
+        state = load_pickle(path, torch.device("cpu"))["model"] if path.suffix == ".pt" else load_file(path)
     except Exception as error:  # each library has its own for a missing or damaged file
         raise UserError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def load_pickle(path: Path, device: torch.device) -> Any:
+    """What torch.save wrote: tensors, numbers, text, lists and dictionaries of them.
+
+    Raises:
+        ValueError: if the file holds anything else, which could run code while it is read.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:  # torch's message advises to load it all the same
+        raise ValueError("it is damaged, or holds objects that could run code when they are loaded") from None
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], refusal: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.errors import UserError
+from sam_repro.records.files import write_atomic
 
 Row = dict[str, Any]
 
@@ -28,14 +29,7 @@ def write_row(ledger_dir: str | Path, row: Row) -> Path:
     """Write a row once; an existing row of the run is never changed."""
     path = row_path(ledger_dir, row["run_id"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(row, indent=1, allow_nan=False) + "\n")
-    try:
-        os.link(temporary, path)  # fails if the row exists, atomically, also on NFS
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+    write_atomic(path, json.dumps(row, indent=1, allow_nan=False) + "\n", replace=False)
     return path
 
 

@@ -24,6 +24,7 @@ from sam_repro.paper.outcomes import curve
 from sam_repro.paper.runs import unique_runs
 from sam_repro.paper.spec import Table
 from sam_repro.records import ledger
+from sam_repro.records.files import write_atomic
 from sam_repro.runner.worker import fresh
 
 BATCH = 256  # images a step: a multiple of m, and no more than the generated training set has
@@ -71,9 +72,7 @@ def store(path: Path, entry: Entry, machine: dict[str, str]) -> None:
     now = {"date": time.strftime("%Y-%m-%d"), **ledger.provenance()}
     entries = [*older, {k: now[k] for k in ("commit", "date")} | entry]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(machine | now | {"entries": entries}, indent=1) + "\n")
-    temporary.replace(path)
+    write_atomic(path, json.dumps(machine | now | {"entries": entries}, indent=1) + "\n")
 
 
 def measure_step(cfg: Config) -> tuple[Entry, str]:

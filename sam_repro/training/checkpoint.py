@@ -1,13 +1,13 @@
-"""Checkpoints that survive: written beside, named into place, checked by digest, never unpickled as code.
+"""Checkpoints that survive: put in place whole, checked by digest, never unpickled as code.
 
 A checkpoint is two files, `step-00001234.pt` and `step-00001234.json`. The JSON (step, score, configuration hash,
-SHA-256 of the .pt, and a seal on all that) is written last: a .pt without it is an unfinished save and is ignored.
+SHA-256 of the .pt, and a seal on all that) is in place first: without its .pt it is a save that was not finished, and
+a .pt without its JSON has lost its digest.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -15,14 +15,15 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from sam_repro.errors import UserError
+from sam_repro.models.pretrained import load_pickle
+from sam_repro.records.files import sha256, write_atomic
 
 KEEP = 2  # the newest checkpoints kept, besides the best
 
@@ -38,19 +39,20 @@ def save(run_dir: Path, state: dict[str, Any], *, step: int, config_hash: str, s
         UserError: if it cannot be written (a full disk, say). Older checkpoints are untouched.
     """
     path = run_dir / f"step-{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
+
+    def write(file: BinaryIO) -> None:
+        torch.save(state, file)
+        file.flush()
+        digest = sha256(Path(file.name))
+        write_json(
+            path.with_suffix(".json"), {"step": step, "score": score, "config_hash": config_hash, "sha256": digest}
+        )
+
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        record = {"step": step, "score": score, "config_hash": config_hash, "sha256": digest(temporary)}
-        os.replace(temporary, path)
-        write_json(path.with_suffix(".json"), record)
+        write_atomic(path, write)
     except (OSError, RuntimeError) as error:
         # torch.save says of a full disk that a position is unexpected
         full = isinstance(error, RuntimeError) and shutil.disk_usage(run_dir).free < 2**20
-        temporary.unlink(missing_ok=True)
         why = os.strerror(errno.ENOSPC) if full else error
         raise UserError(f"could not save {path}: {why}; the checkpoints before it are intact") from error
     prune(run_dir, step)
@@ -58,19 +60,14 @@ def save(run_dir: Path, state: dict[str, Any], *, step: int, config_hash: str, s
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON atomically and durably, with a seal on its fields."""
-    temporary = path.with_suffix(".json.tmp")
-    with open(temporary, "w") as file:
-        json.dump(record | {"seal": seal(record)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write the JSON of a checkpoint, with a seal on its fields."""
+    write_atomic(path, json.dumps(record | {"seal": seal(record)}))
 
 
 def seal(record: dict[str, Any]) -> str:
     """A checksum of a record's fields, so that a damaged one is not mistaken for another run's."""
     fields = {k: v for k, v in record.items() if k != "seal"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256(json.dumps(fields, sort_keys=True).encode())[:16]
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -92,7 +89,7 @@ def prune(run_dir: Path, step: int) -> None:
 
     A later one than the one just saved is damaged: the run has gone back behind it.
     """
-    known = [r for r in records(run_dir) if r.get("step", math.inf) <= step]
+    known = [r for r in records(run_dir) if r.get("step", math.inf) <= step and r["path"].exists()]
     scored = [r for r in known if r.get("score") is not None]
     keep = known[-KEEP:] + ([max(scored, key=lambda r: r["score"])] if scored else [])
     names = {r["path"].stem for r in keep}
@@ -104,34 +101,49 @@ def prune(run_dir: Path, step: int) -> None:
 def load_newest(run_dir: Path, *, config_hash: str, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint that is whole, and one sentence for each newer one that is not.
 
-    Returns (None, []) where there is none at all.
+    The state is None where no save was ever finished.
 
     Raises:
         UserError: if the checkpoint belongs to another configuration, or none of those there can be read.
     """
-    damaged: list[str] = []
-    for record in reversed(records(run_dir)):
+    known = records(run_dir)
+    paths = {r["path"] for r in known}
+    known += [{"path": p} for p in run_dir.glob("step-*.pt") if p not in paths]
+    sentences, damaged = [], []
+    for record in sorted(known, key=lambda r: r["path"], reverse=True):
         path = record["path"]
         theirs = record.get("config_hash", config_hash)
         if theirs != config_hash:
             raise UserError(f"{path} was made with another configuration (hash {theirs}, this run's is {config_hash})")
+        if not path.exists():
+            sentences.append(f"{path.name} is not there: its save was not finished")
+            continue
         try:
-            return load(record, device), damaged
+            state = load(record, device)
         except Exception as error:  # a damaged archive raises whatever its bytes lead to
-            damaged.append(f"{path.name} is damaged ({error}); going back to the one before it")
+            damaged.append(f"{path.name} is damaged ({error})")
+            continue
+        sentences = [*sentences, *damaged]
+        return state, [f"{sentence}; going back to {path.name}" for sentence in sentences]
     if damaged:
-        raise UserError(f"no checkpoint in {run_dir} can be read: {'; '.join(damaged)}")
-    return None, []
+        raise UserError(
+            f"no checkpoint in {run_dir} can be read: {'; '.join(damaged)}. Put the files back as they were, or remove "
+            f"{run_dir}/step-* to train from the beginning"
+        )
+    return None, sentences
 
 
 def load(record: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The state of one checkpoint; ValueError if it is not what was saved."""
     path = record["path"]
     if "sha256" not in record:
-        raise ValueError(f"{path.with_suffix('.json').name} is not as it was written")
-    if digest(path) != record["sha256"]:
+        lost = path.with_suffix(".json")
+        raise ValueError(
+            f"{lost.name}, which holds its digest, is {'not as it was written' if lost.exists() else 'gone'}"
+        )
+    if sha256(path) != record["sha256"]:
         raise ValueError("its SHA-256 is not the one recorded")
-    return torch.load(path, map_location=device, weights_only=True)
+    return load_pickle(path, device)
 
 
 def load_step(run_dir: Path, step: int, device: torch.device, *, patience: float = 60) -> dict[str, Any]:
@@ -150,19 +162,22 @@ def load_step(run_dir: Path, step: int, device: torch.device, *, patience: float
         time.sleep(1)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def export(model: nn.Module, path: Path, description: dict[str, str]) -> str:
+    """The weights under timm's own names, as safetensors: `timm.create_model(...).load_state_dict(load_file(path))`.
 
+    Equal weights and descriptions give equal files: safetensors writes several metadata keys in any order, so the
+    description is one of them.
 
-def export(model: nn.Module, path: Path, description: dict[str, str]) -> None:
-    """The weights under timm's own names, as safetensors: `timm.create_model(...).load_state_dict(load_file(path))`."""
-    temporary = path.with_suffix(".tmp")
+    Returns:
+        the SHA-256 of the file.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = safetensors.torch.save(tensors, {"sam_repro": json.dumps(description, sort_keys=True)})
     try:
-        save_file(tensors, temporary, metadata=description)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # a full disk is safetensors' own error
-        temporary.unlink(missing_ok=True)
+        write_atomic(path, content)
+    except OSError as error:
         raise UserError(f"could not save {path}: {error}; the checkpoint is intact") from error
+    return sha256(content)

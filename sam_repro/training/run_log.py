@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sam_repro.config.schema import Config
+from sam_repro.records.files import write_atomic
 from sam_repro.records.log import Record, clock, finite, metrics_of, read_log
 from sam_repro.training.wandb_writer import start_tracking
 
@@ -38,9 +39,7 @@ class RunLog:
             return
         self.path = run_dir / "log.jsonl"
         kept = [r for r in read_log(self.path) if r["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         bar = cfg.log.progress == "bar" or (cfg.log.progress == "auto" and sys.stderr.isatty())
         self.bar = tqdm(total=total, initial=step, desc=run_id, unit="step", disable=not bar, dynamic_ncols=True)

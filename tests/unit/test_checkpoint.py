@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from sam_repro.errors import UserError
+from sam_repro.records.files import sha256
 from sam_repro.training import checkpoint
 
 CPU = torch.device("cpu")
@@ -60,7 +59,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         path.write_bytes(whole[: len(whole) // 2] if damage == "truncate" else b"")
     state, damaged = load(tmp_path)
     assert state is not None and state["step"] == 1
-    assert len(damaged) == 1 and "step-00000002.pt is damaged" in damaged[0]
+    kind = "not there" if damage == "remove" else "damaged"
+    assert len(damaged) == 1 and f"step-00000002.pt is {kind}" in damaged[0]
+    assert damaged[0].endswith("; going back to step-00000001.pt")
 
 
 @pytest.mark.parametrize("what", [".pt", ".json"])
@@ -93,10 +94,26 @@ def test_a_record_that_is_json_but_no_record(tmp_path):
         expect_the_one_before(tmp_path)
 
 
-def test_no_good_checkpoint_is_an_error(tmp_path):
-    save(tmp_path, 1).write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+@pytest.mark.parametrize("damage", ["data", "digest", "digest gone"])
+def test_no_good_checkpoint_is_an_error_that_says_what_to_do(tmp_path, damage):
+    path = save(tmp_path, 1)
+    if damage == "data":
+        path.write_bytes(b"not a checkpoint")
+    elif damage == "digest":
+        path.with_suffix(".json").write_text("{}")
+    else:
+        path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: step-00000001.pt .*remove .*/step-\* to"):
         load(tmp_path)
+
+
+def test_a_checkpoint_that_lost_its_digest_is_said_to_have(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2).with_suffix(".json").unlink()
+    state, damaged = load(tmp_path)
+    assert state is not None and state["step"] == 1
+    (sentence,) = damaged
+    assert "step-00000002.json, which holds its digest, is gone" in sentence and "going back to step-0" in sentence
 
 
 def test_another_configuration_is_refused(tmp_path):
@@ -105,10 +122,11 @@ def test_another_configuration_is_refused(tmp_path):
         load(tmp_path, "xyz")
 
 
-def test_an_unfinished_save_is_ignored_and_swept(tmp_path):
-    (tmp_path / "step-00000009.pt").write_bytes(b"half")
-    (tmp_path / "step-00000008.tmp").write_bytes(b"half")
-    assert load(tmp_path) == (None, [])
+def test_an_unfinished_save_is_no_error_and_is_swept(tmp_path):
+    save(tmp_path, 9).unlink()
+    (tmp_path / "step-00000008.tmp").write_bytes(b"half")  # of an older version
+    (tmp_path / "step-00000008.pt.01234567.tmp").write_bytes(b"half")
+    assert load(tmp_path) == (None, ["step-00000009.pt is not there: its save was not finished"])
     save(tmp_path, 10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.json", "step-00000010.pt"]
 
@@ -135,20 +153,27 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
     path = tmp_path / "step-00000001.pt"
     torch.save({"model": Evil()}, path)
-    record = {"step": 1, "config_hash": "abc", "sha256": checkpoint.digest(path)}
+    record = {"step": 1, "config_hash": "abc", "sha256": sha256(path)}
     checkpoint.write_json(path.with_suffix(".json"), record)
-    with pytest.raises(UserError, match="can be read"):
+    with pytest.raises(UserError, match="objects that could run code") as refused:
         load(tmp_path)
+    assert "weights_only" not in str(refused.value)
 
 
 def test_an_export_that_the_disk_refuses_is_one_sentence(tmp_path, monkeypatch):
-    """safetensors has an error of its own for it."""
+    def full(number):
+        raise OSError(28, "No space left on device")
 
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="could not save .*No space left on device; the checkpoint is intact"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"could not save .*No space left on device; the checkpoint is intact"):
         checkpoint.export(torch.nn.Linear(2, 2), tmp_path / "model.safetensors", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_equal_weights_are_equal_files_which_everybody_may_read(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    description = {"run_id": "a", "timm": "b", "more": "c"}
+    digests = {checkpoint.export(model, tmp_path / f"{i}.safetensors", description) for i in range(20)}
+    assert digests == {sha256(path) for path in tmp_path.iterdir()} and len(digests) == 1
+    (tmp_path / "plain").write_text("")
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
