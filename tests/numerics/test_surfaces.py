@@ -185,7 +185,7 @@ def test_a_measurement_that_is_impossible_costs_no_run(tmp_path):
 def test_two_ranks_measure_what_one_does(trained, tmp_path):
     """Seven images: unequal shares, ragged batches."""
     _, run = trained
-    command = ["-m", "sam_repro.cli.main", "sharpness", "eigen", str(run), "--images", "7", "--batch-size", "2"]
+    command = ["-m", "sam_repro.cli", "sharpness", "eigen", str(run), "--images", "7", "--batch-size", "2"]
     command += ["--device", "cpu", "--tol", "1e-4"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

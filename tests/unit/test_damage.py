@@ -165,8 +165,8 @@ def test_ffcv_survives_what_opens(written, tmp_path):
     script = """
 import sys, torch, numpy as np
 from pathlib import Path
-from sam_repro.config import AugmentConfig, DataConfig
-from sam_repro.data.build import build_loader
+from sam_repro.config.schema import AugmentConfig, DataConfig
+from sam_repro.data.loaders.build import build_loader
 from sam_repro.errors import UserError
 folder = Path(sys.argv[1]); path = folder / "train.beton"; pristine = path.read_bytes()
 data = DataConfig(name="x", root=str(folder), num_classes=3, image_size=24, eval_resize=24, backend="ffcv")

@@ -200,10 +200,10 @@ def test_damaged_pixels_never_end_the_process(root, tmp_path, backend):
     script = """
 import sys, numpy as np, torch
 from pathlib import Path
-from sam_repro.data.build import build_loader
+from sam_repro.data.loaders.build import build_loader
 from sam_repro.data.manifest import write_manifest
-from sam_repro.data.order import balanced, noisy
-from sam_repro.config import AugmentConfig, DataConfig
+from sam_repro.data.loaders.batch_order import balanced, noisy
+from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.errors import UserError
 source, target, backend = sys.argv[1:]
 pristine, rng, path = Path(source, "train.beton").read_bytes(), np.random.default_rng(0), Path(target, "train.beton")

@@ -161,7 +161,7 @@ def test_a_ledger_folder_that_does_not_exist_is_an_error(capsys: pytest.CaptureF
 
 
 def test_a_folder_that_cannot_be_and_ctrl_c_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
-    from sam_repro.data.write import dataset as write
+    from sam_repro.cli import write
 
     (tmp_path / "file").write_text("")
     for split in ("train", "val"):
