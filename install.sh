@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a virtual environment with the project in it: `./install.sh [folder]`, by default .venv.
-# FFCV compiles against OpenCV and libjpeg-turbo, our own decoder of crops (sam_repro/data/jpeg.c) against the latter. Where
+# FFCV compiles against OpenCV and libjpeg-turbo, our own decoder of crops (sam_repro/data/images/jpeg.c) against the latter. Where
 # apt may be used (root, or sudo without a password) they are installed; where not, one line says what to run, and the
 # project works with its torch loader and OpenCV's decoder.
 set -euo pipefail

@@ -42,7 +42,7 @@ from sam_repro.data.manifest import write_manifest
 from sam_repro.records import ledger
 
 CLASSES = 10
-FED = ("ours-gpu", "ours-ffcv", "ours-torch", "ffcv", "torchvision-uint8")  # parties of --end-to-end
+FED = ("ours-ffcv", "ours-torch", "ffcv", "torchvision-uint8")  # parties of --end-to-end
 
 
 def arguments() -> argparse.Namespace:
@@ -157,7 +157,7 @@ class Party:
 
 def loaders_alone(root: Path, args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> None:
     """Every party's rate, in turns."""
-    names = [n for n in available(torch.device(args.device)) if args.parties is None or n in args.parties]
+    names = [n for n in available() if args.parties is None or n in args.parties]
     together = args.workers >= 2 * len(names)  # else one at a time, so that the first batch has the machine for itself
     parties, first = [], {}
     waiting = [Party(name, root, args) for name in names] if together else (Party(name, root, args) for name in names)
@@ -192,7 +192,7 @@ def end_to_end(root: Path, args: argparse.Namespace, save: Callable[[list[dict[s
     from sam_repro.training.method import gradient_step
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    names = [n for n in FED if n in available(device) and (not args.parties or n in args.parties)]
+    names = [n for n in FED if n in available() and (not args.parties or n in args.parties)]
     if "ffcv" in names:
         loader_parties.keep_stock_ffcv()
     batches = {n: PARTIES[n](root, args.batch, args.workers, device) for n in names}

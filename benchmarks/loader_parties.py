@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,12 +96,12 @@ def keep_stock_ffcv() -> None:
     STOCK_THREADS = Compiler.set_num_threads
 
 
-def ours(root: Path, batch: int, workers: int, device: torch.device, **choice: str) -> Batches:
-    """This project's loader with a backend or a decoder."""
+def ours(root: Path, batch: int, workers: int, device: torch.device, *, backend: str) -> Batches:
+    """This project's loader with one of its backends."""
     from sam_repro.data.loaders.build import build_loader
 
     classes = len(list((root / "train").iterdir()))
-    data = DataConfig(name="benchmark", root=str(root), num_classes=classes, workers=workers, **choice)
+    data = DataConfig(name="benchmark", root=str(root), num_classes=classes, workers=workers, backend=backend)
     augment = AugmentConfig(name="light")
     loader = build_loader(data, augment, split="train", training=True, batch_size=batch, seed=0, device=device)
     epoch = 0
@@ -111,34 +110,19 @@ def ours(root: Path, batch: int, workers: int, device: torch.device, **choice: s
         epoch += 1
 
 
-def ours_gpu(root: Path, batch: int, workers: int, device: torch.device, *, decoder: str = "") -> Batches:
-    """This project's loader with decoding on the GPU, by the decoder that it would choose or by one of them."""
-    from sam_repro.data.images import gpu_decode
-
-    if decoder:
-        gpu_decode.DECODERS = {decoder: gpu_decode.DECODERS[decoder]}
-    return ours(root, batch, workers, device, decode="gpu")
-
-
 PARTIES = {
     "torchvision": torchvision,
     "torchvision-uint8": torchvision_uint8,
     "timm": timm,
     "ffcv": ffcv,
-    "ours-ffcv": lambda *a: ours(*a, backend="ffcv", decode="cpu"),
-    "ours-torch": lambda *a: ours(*a, backend="torch", decode="cpu"),
-    "ours-gpu": ours_gpu,
-    "ours-gpu-torchcodec": partial(ours_gpu, decoder="torchcodec"),
-    "ours-gpu-torchvision": partial(ours_gpu, decoder="torchvision"),
-    "ours-gpu-nvimgcodec": partial(ours_gpu, decoder="nvimgcodec"),
+    "ours-ffcv": lambda *a: ours(*a, backend="ffcv"),
+    "ours-torch": lambda *a: ours(*a, backend="torch"),
 }
 
 
-def available(device: torch.device) -> list[str]:
+def available() -> list[str]:
     """The parties that this machine can run."""
     lacking = {name for name in PARTIES if "ffcv" in name and importlib.util.find_spec("ffcv") is None}
-    if device.type != "cuda":
-        lacking |= {name for name in PARTIES if name.startswith("ours-gpu")}
     return [name for name in PARTIES if name not in lacking]
 
 

@@ -21,7 +21,7 @@ def validate(cfg: Config) -> None:
         "recipe.loss": ("sigmoid", "softmax"),
         "augment.crop": ("inception", "pad", "none"),
         "data.backend": ("auto", "ffcv", "torch", "memory"),
-        "data.decode": ("auto", "cpu", "gpu"),
+        "data.decode": ("auto", "cpu"),
         "data.interpolation": ("area", "bilinear", "bicubic"),
         "data.crop_mode": ("center", "squash", "border"),
         "train.device": ("auto", "cpu", "cuda"),

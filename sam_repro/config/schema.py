@@ -201,7 +201,7 @@ class DataConfig:
     label_noise: float = 0.0  # training: the fraction of labels replaced by another class, uniformly
     train_fraction: float = 1.0  # class-stratified, seeded; the rest is the held-out minival
     backend: str = "auto"  # ffcv | torch | memory (decoded once, kept on the device) | auto
-    decode: str = "auto"  # training images: cpu | gpu (its JPEG engines: other roundings) | auto: cpu
+    decode: str = "auto"  # auto, cpu: the processor; gpu was retired (benchmarks/LOADER.md)
     workers: int = 0  # decoding threads of this rank; 0: all cores of the machine over its ranks, at most 16
     antialias: bool = False  # training crop: area-average instead of plain bilinear
     eval_batch_size: int = 256  # of this rank

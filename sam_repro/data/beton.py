@@ -1,8 +1,8 @@
 """FFCV's .beton format, version 2, read and written without FFCV.
 
-Layout (little-endian): header (24 bytes), one descriptor a field (1,041 bytes), one metadata row a sample (24 bytes),
-zeros up to a page, pages of data, allocation table (24 bytes a sample). No sample crosses a page, which is what
-FFCV's own page reader needs. Our files have the fields `image` (RGBImageField, JPEG or raw pixels) and `label`
+Layout (little-endian): header (24 bytes), one descriptor per field (1,041 bytes), one metadata row per sample (24
+bytes), zeros up to a page, pages of data, allocation table (24 bytes per sample). No sample crosses a page, which is
+what FFCV's own page reader needs. Our files have the fields `image` (RGBImageField, JPEG or raw pixels) and `label`
 (IntField), and FFCV's Loader reads them. Each sample is followed by the CRC-32 of its bytes, which decoders never look
 at and `BetonFile.sample` checks. FFCV believes whatever a file says and crashes, hangs or returns garbage when it is
 damaged, so everything is checked here before FFCV sees it.
@@ -42,7 +42,7 @@ METADATA_AT = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 @dataclass(frozen=True)
 class BetonFile:
-    """An opened and checked file. Arrays have one element a sample.
+    """An opened and checked file. Arrays have one element per sample.
 
     Reading uses pread, so that any number of threads may call `sample`; a file of any size needs no memory.
     """
@@ -96,51 +96,17 @@ class BetonFile:
 
     @classmethod
     def _parse(cls, path: Path, descriptor: int) -> BetonFile:
-        length = os.fstat(descriptor).st_size
-        head = os.pread(descriptor, METADATA_AT, 0)
-        if len(head) < METADATA_AT:
-            raise UserError(f"{path} is not a .beton file: it has only {length} bytes")
-        header = np.frombuffer(head, HEADER, 1)[0]
-        fields = np.frombuffer(head, FIELD, len(FIELDS), HEADER.itemsize)
-        samples, table, page = int(header["samples"]), int(header["table"]), int(header["page"])
-        if header["version"] != VERSION or page < 1 << 21 or page & (page - 1):
-            raise UserError(f"{path} is not a .beton file of version {VERSION}")
-        if header["fields"] != len(FIELDS) or [(f["type"], f["name"]) for f in fields] != list(FIELDS):
-            raise UserError(f"{path} has other fields than image (RGB) and label (int)")
-        if samples == 0:
-            raise UserError(f"{path} has no samples")
-        if table == 0:
-            raise UserError(f"{path} is truncated: its writer did not finish")
-        expected = table + samples * ALLOCATION.itemsize
-        if length < expected:
-            raise UserError(f"{path} is truncated: {length} bytes of {expected}")
-        if length > expected or METADATA_AT + samples * SAMPLE.itemsize > table:
-            raise UserError(f"{path} is damaged: its header does not fit its {length} bytes")
-
+        head, samples, table, page = _read_header(path, descriptor)
         raw_metadata = _read(descriptor, METADATA_AT, samples * SAMPLE.itemsize)
         raw_table = _read(descriptor, table, samples * ALLOCATION.itemsize)
         metadata, allocations = np.frombuffer(raw_metadata, SAMPLE), np.frombuffer(raw_table, ALLOCATION)
-        allocations = allocations[np.argsort(allocations["sample"], kind="stable")]
-        image, size = metadata["image"], allocations["size"].astype(np.int64)
-        pointer = allocations["pointer"].astype(np.int64)
-        first = -(-(METADATA_AT + samples * SAMPLE.itemsize) // page) * page
-        sound = (
-            np.array_equal(allocations["sample"], np.arange(samples, dtype=np.uint64))
-            and np.array_equal(allocations["pointer"], image["pointer"])
-            and pointer.min() >= first
-            and size.min() > CRC
-            and size.max() <= page
-            and (pointer + size).max() <= table
-            and image["mode"].max() <= RAW_MODE
-            and np.array_equal(pointer // page, (pointer + size - 1) // page)
-        )
-        if not sound:
-            raise UserError(f"{path} is damaged: its allocation table does not fit its samples")
-        size = size - CRC
-        raw = image["mode"] == RAW_MODE
-        if not np.array_equal(size[raw], 3 * image["height"].astype(np.int64)[raw] * image["width"][raw]):
+        image = metadata["image"]
+        pointer, stored = _check_allocations(path, image, allocations, page=page, table=table)
+        size, raw = stored - CRC, image["mode"] == RAW_MODE
+        heights, widths = image["height"].astype(np.int64), image["width"].astype(np.int64)
+        if not np.array_equal(size[raw], 3 * heights[raw] * widths[raw]):
             raise UserError(f"{path} is damaged, or not of `sam-repro write`: raw pixels do not fit their size")
-        if min(image["height"].min(), image["width"].min()) < MIN_SIDE:
+        if min(heights.min(), widths.min()) < MIN_SIDE:
             raise UserError(f"{path} is damaged or unusable: an image is smaller than {MIN_SIDE} pixels")
         if metadata["label"].min() < 0:
             raise UserError(f"{path} is damaged: a label is negative")
@@ -151,14 +117,66 @@ class BetonFile:
             path=path,
             descriptor=descriptor,
             labels=metadata["label"].astype(np.int64),
-            heights=image["height"].astype(np.int64),
-            widths=image["width"].astype(np.int64),
+            heights=heights,
+            widths=widths,
             pointers=pointer,
             sizes=size,
             raw=raw,
             checked=np.zeros(samples, np.bool_),
             table_sha256=hashlib.sha256(head + raw_metadata + raw_table).hexdigest(),
         )
+
+
+def _read_header(path: Path, descriptor: int) -> tuple[bytes, int, int, int]:
+    """(header and fields as stored, samples, byte of the allocation table, bytes per page), once they are sound."""
+    length = os.fstat(descriptor).st_size
+    head = os.pread(descriptor, METADATA_AT, 0)
+    if len(head) < METADATA_AT:
+        raise UserError(f"{path} is not a .beton file: it has only {length} bytes")
+    header = np.frombuffer(head, HEADER, 1)[0]
+    fields = np.frombuffer(head, FIELD, len(FIELDS), HEADER.itemsize)
+    samples, table, page = int(header["samples"]), int(header["table"]), int(header["page"])
+    if header["version"] != VERSION or page < 1 << 21 or page & (page - 1):
+        raise UserError(f"{path} is not a .beton file of version {VERSION}")
+    if header["fields"] != len(FIELDS) or [(f["type"], f["name"]) for f in fields] != list(FIELDS):
+        raise UserError(f"{path} has other fields than image (RGB) and label (int)")
+    if samples == 0:
+        raise UserError(f"{path} has no samples")
+    if table == 0:
+        raise UserError(f"{path} is truncated: its writer did not finish")
+    expected = table + samples * ALLOCATION.itemsize
+    if length < expected:
+        raise UserError(f"{path} is truncated: {length} bytes of {expected}")
+    if length > expected or METADATA_AT + samples * SAMPLE.itemsize > table:
+        raise UserError(f"{path} is damaged: its header does not fit its {length} bytes")
+    return head, samples, table, page
+
+
+def _check_allocations(
+    path: Path, image: np.ndarray, allocations: np.ndarray, *, page: int, table: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [samples] first byte, int64 [samples] bytes with the checksum), in the order of the samples.
+
+    Raises UserError unless the table (ALLOCATION [samples], any order) fits the samples (IMAGE [samples]): each lies
+    between the metadata and the table, and no sample crosses a page.
+    """
+    samples = len(image)
+    allocations = allocations[np.argsort(allocations["sample"], kind="stable")]
+    pointer, size = allocations["pointer"].astype(np.int64), allocations["size"].astype(np.int64)
+    first = -(-(METADATA_AT + samples * SAMPLE.itemsize) // page) * page
+    sound = (
+        np.array_equal(allocations["sample"], np.arange(samples, dtype=np.uint64))
+        and np.array_equal(allocations["pointer"], image["pointer"])
+        and pointer.min() >= first
+        and size.min() > CRC
+        and size.max() <= page
+        and (pointer + size).max() <= table
+        and image["mode"].max() <= RAW_MODE
+        and np.array_equal(pointer // page, (pointer + size - 1) // page)
+    )
+    if not sound:
+        raise UserError(f"{path} is damaged: its allocation table does not fit its samples")
+    return pointer, size
 
 
 def _read(descriptor: int, start: int, count: int) -> bytes:

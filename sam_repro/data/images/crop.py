@@ -20,7 +20,6 @@ import numpy as np
 from numba import njit
 
 from sam_repro.config.schema import AugmentConfig, DataConfig
-from sam_repro.errors import UserError
 
 CENTRE, INCEPTION, PAD = 0, 1, 2
 ATTEMPTS = 100  # TensorFlow's max_attempts
@@ -50,15 +49,9 @@ class Geometry(NamedTuple):
 
 
 def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
-    """The geometry of a training image. Raises UserError when a range makes no sense."""
+    """The geometry of a training image: augment's crop, scale, ratio, pad and flip; data's size and filter."""
     modes = {"inception": INCEPTION, "pad": PAD, "none": CENTRE}
-    if augment.crop not in modes:
-        raise UserError(f"augment.crop={augment.crop} does not exist (choices: {', '.join(modes)})")
     (area_min, area_max), (ratio_min, ratio_max) = augment.scale, augment.ratio
-    if not 0 < area_min <= area_max <= 1:
-        raise UserError(f"augment.scale={augment.scale} is not an increasing range within (0, 1]")
-    if not 0 < ratio_min <= ratio_max:
-        raise UserError(f"augment.ratio={augment.ratio} is not an increasing range of positive numbers")
     view = evaluation_geometry(data)
     sampling = view.filter if augment.crop != "inception" else AREA if data.antialias else PLAIN
     return view._replace(
@@ -75,10 +68,6 @@ def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
 
 def evaluation_geometry(data: DataConfig) -> Geometry:
     """Short side to data.eval_resize, then the centre square of data.image_size."""
-    if data.eval_resize < data.image_size:
-        raise UserError(f"data.eval_resize={data.eval_resize} is smaller than data.image_size={data.image_size}")
-    if data.interpolation not in FILTERS:
-        raise UserError(f"data.interpolation={data.interpolation} does not exist (choices: {', '.join(FILTERS)})")
     return Geometry(
         CENTRE, data.image_size, data.eval_resize, 1.0, 1.0, 1.0, 1.0, 0, False, FILTERS[data.interpolation]
     )

@@ -1,7 +1,7 @@
 /* Decoding only the part of a JPEG that a crop needs, with libjpeg-turbo.
  *
  * Rows above the box skip the inverse transform, rows below it are not read, and columns beside it are left out; the
- * pixels inside are those of a whole decode, to the bit. Compiled on first use by data/native.py.
+ * pixels inside are those of a whole decode, to the bit. Compiled on first use by data/images/jpeg.py.
  */
 #include <setjmp.h>
 #include <stdint.h>

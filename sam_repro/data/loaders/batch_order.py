@@ -54,7 +54,7 @@ def noisy(labels: np.ndarray, fraction: float, classes: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The batches of one split on one rank.
 
     Training: global batch b is elements b * B .. (b + 1) * B - 1 of the epoch's permutation, B = batch_size * world,

@@ -1,4 +1,4 @@
-"""What both backends share: rendering a batch in threads, and bringing batches to the device."""
+"""What the streaming backends share: rendering a batch in threads, and bringing batches to the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 AHEAD = 3  # batches in preparation while one is used
-CHUNK = 8  # samples a task: small enough to balance, large enough that Python's share is small
+CHUNK = 8  # samples per task: small enough to balance, large enough that Python's share is small
 
 
 def empty_batch(count: int, size: int, device: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ Fill = Callable[[np.ndarray, np.ndarray, int], None]  # (sample numbers, uint8 [
 
 
 def start_batch(pool: ThreadPoolExecutor, fill: Fill, indices: np.ndarray, out: np.ndarray, epoch: int) -> list[Future]:
-    """Begin to fill `out` with the samples `indices`, a chunk a task."""
+    """Begin to fill `out` with the samples `indices`, a chunk per task."""
     chunks = range(0, len(indices), CHUNK)
     return [pool.submit(fill, indices[i : i + CHUNK], out[i : i + CHUNK], epoch) for i in chunks]
 

@@ -4,7 +4,7 @@ This is the only file that imports ffcv. FFCV 1.0.2 compiles Python that it gene
 seconds) and hangs when its thread fails. Here the generated code is one plain call: the decoding operation hands a
 batch to threads that run one kernel, compiled once a machine, and returns the unfinished tasks. So nothing is
 compiled for a loader, no numba threading layer is involved (two loaders at once abort on one of them), and what a
-task raises reaches the consumer. FFCV's decoder (whole images, inexact transform) is not used: see data/jpeg.c.
+task raises reaches the consumer. FFCV's decoder (whole images, inexact transform) is not used: see data/images/jpeg.c.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from sam_repro.data.beton import fits_page_cache
 from sam_repro.data.datasets import BetonSource
 from sam_repro.data.images.crop import Geometry
-from sam_repro.data.loaders.batch_order import Plan
+from sam_repro.data.loaders.batch_order import BatchPlan
 from sam_repro.data.loaders.batches import AHEAD, empty_batch, start_batch
 from sam_repro.data.loaders.torch_loader import TorchLoader
 
@@ -87,7 +87,7 @@ class FFCVLoader(TorchLoader):
 
     backend = "ffcv"
 
-    def __init__(self, source: BetonSource, plan: Plan, geometry: Geometry, **options: Any) -> None:
+    def __init__(self, source: BetonSource, plan: BatchPlan, geometry: Geometry, **options: Any) -> None:
         super().__init__(source, plan, geometry, **options)
         file = source.file
         self.direct = not fits_page_cache(file.path)
@@ -95,7 +95,7 @@ class FFCVLoader(TorchLoader):
             os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         # Compiler: the pipeline is one plain call, there is nothing to compile.
         with patch.object(Compiler, "is_enabled", False), patch("ffcv.loader.loader.OSCacheManager", _PageCache):
-            self.native = FFCVNativeLoader(
+            self.ffcv = FFCVNativeLoader(
                 str(file.path),
                 batch_size=plan.batch_size,
                 num_workers=1,
@@ -111,7 +111,7 @@ class FFCVLoader(TorchLoader):
             return
         order = np.concatenate(batches)
         # FFCV cuts these rows into batches again. Each carries its epoch, so the operation needs no state.
-        iterator = EpochIterator(self.native, np.stack([order, np.full_like(order, epoch)], 1))
+        iterator = EpochIterator(self.ffcv, np.stack([order, np.full_like(order, epoch)], 1))
         tasks: list = []
         try:
             while (batch := _next(iterator)) is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sam_repro.data.datasets import ArraySource, BetonSource, Source
 from sam_repro.data.images.crop import CENTRE, INCEPTION, PLAIN, Geometry, crop_box, render
-from sam_repro.data.loaders.batch_order import Plan
+from sam_repro.data.loaders.batch_order import BatchPlan
 from sam_repro.data.loaders.batches import CHUNK
 
 SHARE = 0.05  # of the device's free memory that data.backend=auto takes for one split
@@ -27,10 +27,18 @@ class MemoryLoader:
     """Batches of a source that fits on the device (see the Loader protocol)."""
 
     backend = "memory"
-    reason = ""
 
-    def __init__(self, source: Source, plan: Plan, geometry: Geometry, *, workers: int, device: torch.device) -> None:
-        self.plan, self.geometry, self.device = plan, geometry, device
+    def __init__(
+        self,
+        source: Source,
+        plan: BatchPlan,
+        geometry: Geometry,
+        *,
+        workers: int,
+        device: torch.device,
+        reason: str = "",
+    ) -> None:
+        self.plan, self.geometry, self.device, self.reason = plan, geometry, device, reason
         self.samples, self.manifest = len(plan.indices), source.manifest
         self.place = np.zeros(len(source.labels), np.int64)  # sample number -> its place among the kept ones
         self.place[plan.indices] = np.arange(len(plan.indices))
@@ -124,7 +132,9 @@ def decode_all(source: Source, indices: np.ndarray, geometry: Geometry, workers:
         return [image for part in parts for image in part]
 
 
-def obstacle(source: Source, plan: Plan, geometry: Geometry, device: torch.device, *, magnitude: int) -> str:
+def memory_obstacle(
+    source: Source, plan: BatchPlan, geometry: Geometry, device: torch.device, *, magnitude: int
+) -> str:
     """Why this split cannot be held on the device, or the empty string."""
     if magnitude:
         return "RandAugment works on the processor"

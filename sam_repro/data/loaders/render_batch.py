@@ -1,4 +1,4 @@
-"""From sample numbers to finished training or evaluation images on the processor, for both backends and any thread."""
+"""From sample numbers to finished training or evaluation images, for every backend that streams, from any thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, types
 
 from sam_repro.data.datasets import BetonSource, Source
-from sam_repro.data.images import jpeg as native
+from sam_repro.data.images import jpeg
 from sam_repro.data.images.augment import rand_augment
 from sam_repro.data.images.crop import Geometry, render
 
@@ -16,18 +16,25 @@ NOTHING = np.empty(0, np.uint8)
 _pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.uint64, types.int64))
 
 
-class Filler:
+class BatchRenderer:
     """Decodes and renders samples of a source into a part of a batch."""
 
     def __init__(self, source: Source, geometry: Geometry, seed: int, magnitude: int = 0) -> None:
         self.source, self.geometry, self.seed, self.magnitude = source, geometry, seed, magnitude
-        self.obstacle = native.load()  # why whole images are decoded, by OpenCV
+        self.obstacle = jpeg.load()  # why whole images are decoded, by OpenCV
         self.scratch = threading.local()
 
     def __call__(self, indices: np.ndarray, out: np.ndarray, epoch: int, memory: np.ndarray = NOTHING) -> None:
-        """Fill out[k], uint8 [size, size, 3], with sample indices[k].
+        """Render samples into a part of a batch.
 
-        memory: uint8, the mapped .beton file; without it the file is read.
+        Args:
+            indices: int64 [n], sample numbers within the source.
+            out: uint8 [n, size, size, 3], overwritten.
+            epoch: of the random stream of crops.
+            memory: uint8 [bytes], the mapped .beton file; without it the file is read.
+
+        Raises:
+            UserError: a sample cannot be decoded; the sentence names it.
         """
         failed = np.ones(len(indices), np.bool_)
         if not self.obstacle and isinstance(self.source, BetonSource):
@@ -57,14 +64,14 @@ class Filler:
         _fill(memory, descriptor, *buffers, *tables, indices, out, self.geometry, self.seed, epoch, failed)
 
     def _fill_one(self, index: int, out: np.ndarray, epoch: int) -> bool:
-        jpeg = self.source.encoded(index)
-        if jpeg is None:
+        encoded = self.source.encoded(index)
+        if encoded is None:
             return False
         if not hasattr(self.scratch, "image"):
             self.scratch.image = np.empty(3 << 18, np.uint8)
-        stored = np.frombuffer(jpeg, np.uint8)
+        stored = np.frombuffer(encoded, np.uint8)
         where = stored.ctypes.data, len(stored), 0, 0, self.scratch.image
-        return native.render_jpeg(*where, out, self.geometry, self.seed, epoch, index)
+        return jpeg.render_jpeg(*where, out, self.geometry, self.seed, epoch, index)
 
 
 @njit(cache=True, nogil=True)
@@ -87,8 +94,12 @@ def _fill(
 ):
     """Decode and render the samples `indices` into `out`; failed[k] stays true where that did not work.
 
-    memory: uint8, the mapped file; with descriptor >= 0 the sample is read from that file into `buffer` instead.
-    scratch: uint8, room for the largest image. One call a thread at a time uses `buffer` and `scratch`.
+    memory: uint8 [bytes], the mapped file; with descriptor >= 0 the sample is read from that file into `buffer`.
+    buffer: uint8, room for the largest stored sample. scratch: uint8, room for the largest image. Both belong to the
+    calling thread.
+    pointers, sizes, heights, widths: int64, and raw: bool, one element per sample of the file (see BetonFile).
+    indices: int64 [n]; out: uint8 [n, size, size, 3]; failed: bool [n].
+    geometry: a tuple of scalars, see crop.Geometry. seed, epoch: of the random stream.
     """
     for k in range(len(indices)):
         i = indices[k]
@@ -104,4 +115,4 @@ def _fill(
             render(pixels.reshape(h, w, 3), out[k], geometry, seed, epoch, i)
             failed[k] = False
         else:
-            failed[k] = not native.render_jpeg(address, size, h, w, scratch, out[k], geometry, seed, epoch, i)
+            failed[k] = not jpeg.render_jpeg(address, size, h, w, scratch, out[k], geometry, seed, epoch, i)

@@ -11,30 +11,30 @@ from torch import Tensor
 
 from sam_repro.data.datasets import Source
 from sam_repro.data.images.crop import Geometry
-from sam_repro.data.loaders.batch_order import Plan
+from sam_repro.data.loaders.batch_order import BatchPlan
 from sam_repro.data.loaders.batches import AHEAD, empty_batch, start_batch, upload
-from sam_repro.data.loaders.render_batch import Filler
+from sam_repro.data.loaders.render_batch import BatchRenderer
 
 
 class TorchLoader:
     """Batches of a source (see the Loader protocol). Threads suffice: decoding and rendering release the GIL."""
 
     backend = "torch"
-    reason = ""
 
     def __init__(
         self,
         source: Source,
-        plan: Plan,
+        plan: BatchPlan,
         geometry: Geometry,
         *,
         workers: int,
         device: torch.device,
         magnitude: int = 0,
+        reason: str = "",
     ) -> None:
         self.source, self.plan, self.geometry, self.device = source, plan, geometry, device
-        self.fill = Filler(source, geometry, plan.seed, magnitude)
-        self.samples, self.manifest = len(plan.indices), source.manifest
+        self.fill = BatchRenderer(source, geometry, plan.seed, magnitude)
+        self.samples, self.manifest, self.reason = len(plan.indices), source.manifest, reason
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from sam_repro.config.schema import AugmentConfig, DataConfig
 from sam_repro.data.datasets import decode
-from sam_repro.data.images import jpeg as native
 from sam_repro.data.images.crop import evaluation_geometry, render, training_geometry
+from sam_repro.data.images.jpeg import load, render_jpeg
 
-OBSTACLE = native.load()
+OBSTACLE = load()
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "available")
 
 DATA = DataConfig(name="x", image_size=32, eval_resize=40)
@@ -50,7 +50,7 @@ def jpeg(i: int, kind: str) -> bytes:
 def rendered(data: bytes, geometry, index: int, *, sides=(0, 0), scratch=1 << 17):
     stored, out = np.frombuffer(data, np.uint8), np.zeros((32, 32, 3), np.uint8)
     where = stored.ctypes.data, len(stored), *sides, np.empty(scratch, np.uint8)
-    return out if native.render_jpeg(*where, out, geometry, 3, 1, index) else None
+    return out if render_jpeg(*where, out, geometry, 3, 1, index) else None
 
 
 @pytest.mark.parametrize("view", GEOMETRIES)
@@ -91,6 +91,6 @@ def test_without_a_compiler_the_reason_is_given(tmp_path, monkeypatch):
     ]:
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
-            reason = native.load.__wrapped__()
+            reason = load.__wrapped__()
         assert words in reason and "\n" not in reason and bool(reason) == bool(words)
     assert len(list((tmp_path / "sam_repro").iterdir())) == 1  # the library, and no leftovers
