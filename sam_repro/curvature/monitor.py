@@ -140,7 +140,7 @@ class Monitor:
             if hasattr(perturb, "reseed"):
                 perturb.reseed(i)
             weights = list(hessian.params.values())
-            eps = getattr(perturb, "look", perturb)(weights, hessian.unflatten(g), rho)
+            eps = getattr(perturb, "eps_from_memory", perturb)(weights, hessian.unflatten(g), rho)
             total += len(group[0]) * torch.tensor([alignment(eps, v), 1.0])
         cosine, images = self.ranks.sum_(total.to(self.ranks.device)).tolist()
         return cosine / images

@@ -4,9 +4,9 @@ A perturbation maps (params, grads, rho) to eps, one tensor a parameter, new mem
 0-d tensor; it may be negative only where a caller asked for the reference's warm-up (docs/DEVIATIONS.md, D-05).
 
 Those without memory are functions. Those with memory are small classes with the same call, state_dict() and
-load_state_dict(), and two halves of the call for an engine whose step has several groups of images: `look` is
-eps from the memory as it is, `update` the memory after a step whose mean gradient is known. So the memory of a step
-depends neither on the order of its groups nor on the ranks that they were spread over.
+load_state_dict(). An engine whose step has several groups of images uses the two halves of their call:
+`eps_from_memory` takes the memory as it is, `update_memory` changes it once per step, when the mean gradient is known.
+So the memory depends neither on the order of the groups nor on the ranks that they were spread over.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def fisher(params: Tensors, grads: Tensors, rho: float | Tensor, *, eta: float =
     return list(torch._foreach_mul(steps, scale))
 
 
-class Remembering:
+class MomentumPerturbation:
     """A perturbation along g corrected by a running mean m of gradients; `name` is m's in the checkpoint."""
 
     def __init__(self) -> None:
@@ -92,15 +92,15 @@ class Remembering:
 
     def __call__(self, params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
         """eps, then the memory of this gradient: for loops whose step has one gradient."""
-        eps = self.look(params, grads, rho)
-        self.update(grads)
+        eps = self.eps_from_memory(params, grads, rho)
+        self.update_memory(grads)
         return eps
 
-    def look(self, params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
+    def eps_from_memory(self, params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
         """eps = rho d / (||d|| + 1e-12), from the memory as it is."""
         return sam(params, list(grads) if self.m is None else self.direction(grads, self.m), rho)
 
-    def update(self, grads: Tensors) -> None:
+    def update_memory(self, grads: Tensors) -> None:
         """The memory after a step with this mean gradient: the first gradient is the first memory."""
         if self.m is None:
             self.m = [g.clone() for g in grads]
@@ -125,7 +125,7 @@ class Remembering:
         self.m = [t.clone() for t in state["m"]] if "m" in state else None
 
 
-class Friendly(Remembering):
+class Friendly(MomentumPerturbation):
     """Friendly-SAM: perturb along what is left of g when its running mean is taken away.
 
         d_t = g_t - sigma m_{t-1},  m_t = lam m_{t-1} + (1 - lam) g_t,  eps = rho d_t / ||d_t||
@@ -148,7 +148,7 @@ class Friendly(Remembering):
         return 1 - self.lam
 
 
-class Vasso(Remembering):
+class Vasso(MomentumPerturbation):
     """VaSSO: perturb along a running mean of gradients, which is less noisy than one of them.
 
         d_t = (1 - theta) d_{t-1} + theta g_t,  d_0 = g,  eps = rho d_t / ||d_t||

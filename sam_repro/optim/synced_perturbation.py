@@ -39,8 +39,8 @@ class GlobalStep(GradientStep):
         loss_p, g_p = self._mean(eps, batch, seed, keep=False)
         del eps
         gg, ggp, gpgp = squared_norm(g), inner(g, g_p), squared_norm(g_p)
-        if hasattr(self.perturb, "update"):
-            self.perturb.update(g)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
+        if hasattr(self.perturb, "update_memory"):
+            self.perturb.update_memory(g)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
         self.flat.zero_()
         self._add_direction([g, g_p], list(self.combine(gg, ggp, gpgp, self.alpha)), 1.0)
         cosine = ratio(ggp, (gg * gpgp).sqrt())

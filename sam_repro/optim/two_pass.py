@@ -199,13 +199,13 @@ class GradientStep:
 
     def _wants_clean(self) -> bool:
         """Whether the mean of g is wanted after a step with a robust pass."""
-        return hasattr(self.perturb, "update")
+        return hasattr(self.perturb, "update_memory")
 
     def _after_reduction(self) -> None:
         """The perturbation's memory, from the mean of g."""
-        if hasattr(self.perturb, "update"):
+        if hasattr(self.perturb, "update_memory"):
             clean = self.second_views if self.keep_clean and self.robust else self.views
-            self.perturb.update(clean)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
+            self.perturb.update_memory(clean)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
 
     def _add_group(self, batch: tuple, buffers: dict[str, Tensor], rho: float, seed: int, weight: float) -> None:
         """Add weight * (direction, metrics) of one group to the flat buffer; `buffers` are updated in place."""
@@ -240,7 +240,7 @@ class GradientStep:
         perturb: Any = self.perturb
         if hasattr(perturb, "reseed"):
             perturb.reseed(seed)
-        return getattr(perturb, "look", perturb)(self.params, g, rho)
+        return getattr(perturb, "eps_from_memory", perturb)(self.params, g, rho)
 
     def _add_direction(self, gradients: list[Tensors], coefficients: list[Coefficient], weight: float) -> None:
         """Add weight * sum of coefficient * gradient; destroys the gradients."""

@@ -28,7 +28,7 @@ def fresh(name: str):
     """A perturbation with something to remember, where it can remember."""
     perturb = build_perturbation(name)
     if isinstance(perturb, Friendly | Vasso):
-        perturb.update([vector(2, 3)])
+        perturb.update_memory([vector(2, 3)])
     if isinstance(perturb, Eigen):
         perturb.v = [vector(0, 1)]
     if isinstance(perturb, Random):

@@ -68,8 +68,8 @@ def test_every_perturbation_with_every_combination(name, combine):
     memory = memory / memory.norm()
     alpha, beta, rho, perturb = 0.3, 0.2, 0.05, build_perturbation(name)
     pair = [memory[:4].reshape(2, 2), memory[4:]]
-    if hasattr(perturb, "update"):
-        perturb.update(pair)
+    if hasattr(perturb, "update_memory"):
+        perturb.update_memory(pair)
     if name == "eigen":
         perturb.v = pair
     params = pieces(w)
