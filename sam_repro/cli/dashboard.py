@@ -16,7 +16,7 @@ from pathlib import Path
 from sam_repro.cli.sync import has_key
 from sam_repro.errors import UserError
 from sam_repro.paper.dashboard import dashboard_of, push
-from sam_repro.paper.outcomes import outcomes
+from sam_repro.paper.ledger_join import join_table
 from sam_repro.paper.spec import load_table
 
 
@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     if args.table is None:
         raise UserError("name a table, or a file with --push")
     table = load_table(args.table)
-    tree = dashboard_of(table, outcomes(table, args.ledger), entity=args.entity, project=args.project)
+    tree = dashboard_of(table, join_table(table, args.ledger), entity=args.entity, project=args.project)
     if args.output is None and has_key():
         push(tree)
         return

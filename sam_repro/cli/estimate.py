@@ -19,11 +19,11 @@ from pathlib import Path
 
 from sam_repro.cli.arguments import positive, positive_number
 from sam_repro.paper.estimate import ALL, HEADER, cost_of, line_of, own_hours, summary
+from sam_repro.paper.ledger_join import join_table
 from sam_repro.paper.measured_speeds import (
     known_hardware,
     load_rates,
 )
-from sam_repro.paper.outcomes import outcomes
 from sam_repro.paper.spec import load_table
 
 
@@ -55,7 +55,7 @@ def run(args: Namespace) -> None:
     for table in tables:
         print(f"{table.title}")
         print(f"  {'row':<{width}} {HEADER}")
-        for o in outcomes(table, args.ledger, seeds=args.seeds):
+        for o in join_table(table, args.ledger, seeds=args.seeds):
             done = {row["run_id"] for row in o.ledger}
             runs = [r for r in o.runs if r.run_id not in counted and not (args.missing and r.run_id in done)]
             counted |= {r.run_id for r in runs}

@@ -12,7 +12,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sam_repro.paper.outcomes import Outcome, outcomes
+from sam_repro.paper.ledger_join import join_table
+from sam_repro.paper.outcomes import Outcome
 from sam_repro.paper.render.figures import draw, has_number
 from sam_repro.paper.render.style import save
 from sam_repro.paper.spec import load_table
@@ -28,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Draw, and print where the files are."""
     table = load_table(args.table)
-    found = outcomes(table, args.ledger)
+    found = join_table(table, args.ledger)
     folder = args.output or beside_ledger(found, args.ledger)
     for path in save(draw(table, found), folder / table.name):
         print(path)

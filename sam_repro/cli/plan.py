@@ -15,7 +15,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sam_repro.cli.arguments import positive
-from sam_repro.paper.runs import unique_runs
+from sam_repro.paper.ledger_join import unique_runs
 from sam_repro.paper.spec import load_table
 from sam_repro.runner.plan import finished, tables_and_overrides
 

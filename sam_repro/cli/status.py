@@ -10,7 +10,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sam_repro.paper.parts import parts_of
+from sam_repro.paper.ledger_join import join_tables
 from sam_repro.runner.status import STATES, counts_of, runs_of_part, state_of
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Print one line a table, then one a run."""
-    parts = parts_of(args.tables, args.ledger)
+    parts = join_tables(args.tables, args.ledger)
     states = {r.run_id: state_of(r, part.rows.get(r.run_id)) for part in parts for r in runs_of_part(part)}
     if args.json:
         tables = {part.table.name: counts_of(part, states) for part in parts}

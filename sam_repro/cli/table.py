@@ -16,9 +16,7 @@ from pathlib import Path
 
 from sam_repro.cli.arguments import positive
 from sam_repro.errors import UserError
-from sam_repro.paper.outcomes import (
-    outcomes,
-)
+from sam_repro.paper.ledger_join import join_table
 from sam_repro.paper.render.tables import FORMATS, render
 from sam_repro.paper.spec import load_table
 
@@ -37,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Print or write the table."""
     table = load_table(args.table)
-    text = render(table, outcomes(table, args.ledger, seeds=args.seeds), args.format)
+    text = render(table, join_table(table, args.ledger, seeds=args.seeds), args.format)
     if args.output is None:
         print(text, end="")
         return

@@ -11,8 +11,7 @@ from pathlib import Path
 from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
 from sam_repro.paper import scaling, speed
-from sam_repro.paper.outcomes import outcomes
-from sam_repro.paper.parts import parts_of
+from sam_repro.paper.ledger_join import join_table, join_tables
 from sam_repro.paper.render.overview import comparisons, overview
 from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.tables import FORMATS, render
@@ -62,7 +61,7 @@ def generated(root: Path) -> Iterator[tuple[Path, str]]:
     """(path, text as it should be) of every generated file and of every document with generated blocks."""
     ledger_dir = root / "results" / "runs"
     rows = ledger_dir if ledger_dir.is_dir() else None
-    parts, demo = parts_of([], rows), parts_of(["demo"], rows)
+    parts, demo = join_tables([], rows), join_tables(["demo"], rows)
     yield root / "results" / "index.html", assemble(parts)
     drawn = {path.stem for path in (root / "results" / "figures").glob("*.svg")}
     yield root / "results" / "README.md", overview(parts, comparisons([*demo, *parts]), drawn)
@@ -84,4 +83,4 @@ def fill(command: str) -> str:
     parser.add_argument("--ledger", type=Path)
     args = parser.parse_args(words)
     table = load_table(args.table)
-    return render(table, outcomes(table, args.ledger), args.format)
+    return render(table, join_table(table, args.ledger), args.format)

@@ -1,4 +1,4 @@
-"""A table joined with the ledger: what came out of every row, as data that all renderers share."""
+"""What came out of a row of a table, from its runs and their ledger rows: data that all renderers share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sam_repro.errors import UserError
-from sam_repro.paper.runs import Run, runs_of
+from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import Column, Table, TableRow
-from sam_repro.paper.statistics import Comparison, Interval, compare, interval, magnitudes, verdict
-from sam_repro.records.ledger import Row, read_row, row_path
+from sam_repro.paper.statistics import Comparison, Interval, compare, interval, magnitudes
+from sam_repro.records.ledger import Row
 from sam_repro.records.lock import is_held
 
 
@@ -60,44 +59,6 @@ class Outcome:
         alone = [row for row in self.ledger if row.get("sharing", 1) == 1]  # several runs on a GPU slow each other
         times = [t for row in alone for t in curve(row, "step_seconds") if t is not None]
         return 1000 * statistics.median(times) if times else None
-
-
-def outcomes(table: Table, ledger_dir: Path | None = None, *, seeds: int | None = None) -> list[Outcome]:
-    """What came out of every row of a table.
-
-    Args:
-        ledger_dir: folder of ledger rows; None takes the folder in each run's configuration.
-        seeds: instead of the number the rows ask for.
-
-    Raises:
-        UserError: a folder that was named but does not exist, a damaged row, or overrides that do not compose.
-    """
-    if ledger_dir is not None and not ledger_dir.is_dir():
-        raise UserError(f"there is no folder {ledger_dir} with ledger rows")
-    return [outcome(table, row, ledger_dir, seeds=seeds) for row in table.rows]
-
-
-def outcome(
-    table: Table, row: TableRow, ledger_dir: Path | None, *, seeds: int | None, extra: tuple[str, ...] = ()
-) -> Outcome:
-    """What came out of one row; `extra`: overrides laid over the row's."""
-    runs = runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger_dir)
-    paths = [row_path(ledger_dir or r.config.log.ledger_dir, r.run_id) for r in runs]
-    found = [read_row(path) for path in paths if path.exists()]
-    state = "pending" if row.tuned and not runs else state_of(runs, found)
-    cells = []
-    for column in table.columns:
-        values = [value_of(r, column) for r in found if r["status"] == "done"]
-        values += [computed(row, column)] if row.overrides is None else []
-        values = [v for v in values if v is not None]
-        ours, printed = summary(values, column), row.printed.get(column.name)
-        word = verdict(ours, printed, digits=column.digits)
-        if word == "pending" and state != "done":
-            word = state
-        if any(r["status"] == "diverged" for r in found):
-            word = "diverged"
-        cells.append(Cell(column, ours, printed, word))
-    return Outcome(row, tuple(runs), tuple(found), state, tuple(cells))
 
 
 def state_of(runs: list[Run], found: list[Row]) -> str:

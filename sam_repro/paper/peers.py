@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.paper.measured_speeds import stored
-from sam_repro.paper.render.tables import spread_of
+from sam_repro.paper.render.sheet import spread_of
 from sam_repro.paper.statistics import compare, interval
 
 PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))

@@ -19,9 +19,9 @@ from typing import Any
 from sam_repro.config.compose import compose_config
 from sam_repro.config.schema import Config
 from sam_repro.errors import UserError
+from sam_repro.paper.ledger_join import unique_runs
 from sam_repro.paper.measured_speeds import Entry, benchmarks_dir, period_of
 from sam_repro.paper.outcomes import curve
-from sam_repro.paper.runs import unique_runs
 from sam_repro.paper.spec import Table
 from sam_repro.records import ledger
 from sam_repro.records.files import write_atomic

@@ -18,7 +18,8 @@ from typing import Any
 
 from sam_repro.config.run_id import run_id
 from sam_repro.errors import UserError
-from sam_repro.paper.runs import Run, compose_once, unique_runs
+from sam_repro.paper.ledger_join import unique_runs
+from sam_repro.paper.runs import Run, compose_once
 from sam_repro.paper.spec import Table, load_table
 from sam_repro.records.ledger import Row, read_row, row_path
 from sam_repro.records.lock import Held

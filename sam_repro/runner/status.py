@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sam_repro.paper.ledger_join import JoinedTable
 from sam_repro.paper.outcomes import is_running
-from sam_repro.paper.parts import Part
 from sam_repro.paper.runs import Run
 from sam_repro.records import failure
 from sam_repro.records.ledger import Row
@@ -16,12 +16,12 @@ from sam_repro.records.log import clock, read_log
 STATES = ("done", "diverged", "failed", "running", "stopped", "waiting")
 
 
-def runs_of_part(part: Part) -> list[Run]:
+def runs_of_part(part: JoinedTable) -> list[Run]:
     """The runs that a table wants, each once."""
-    return list({r.run_id: r for o in part.found for r in o.runs}.values())
+    return list({r.run_id: r for o in part.outcomes for r in o.runs}.values())
 
 
-def counts_of(part: Part, states: dict[str, tuple[str, str]]) -> dict[str, Any]:
+def counts_of(part: JoinedTable, states: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """How many runs of a table are in which state, and the hours spent."""
     counts = Counter(states[r.run_id][0] for r in runs_of_part(part))
     hours = sum(row.get("hours", 0.0) for row in part.rows.values())

@@ -16,7 +16,8 @@ import yaml
 
 from sam_repro.cli.main import main
 from sam_repro.errors import UserError
-from sam_repro.paper.runs import Run, unique_runs
+from sam_repro.paper.ledger_join import unique_runs
+from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import load_table
 from sam_repro.records.ledger import read_ledger
 from sam_repro.runner import pool

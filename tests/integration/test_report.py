@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sam_repro.paper.ledger_join import runs_of
 from sam_repro.paper.render.report import report
-from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import load_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))

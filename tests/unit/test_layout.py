@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -151,6 +152,56 @@ def test_a_planted_import_is_found(kind, tmp_path):
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text(text + "\n")
     assert any(complaint in breach for breach in breaches(tmp_path)), breaches(tmp_path)
+
+
+def runtime_imports(node: ast.AST) -> set[str]:
+    """Dotted names that a module imports when it runs: in functions too, not under `if TYPE_CHECKING`."""
+    names: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        names |= imports(ast.Module([child], []), late=True) if isinstance(child, IMPORT) else runtime_imports(child)
+    return names
+
+
+IMPORT = (ast.Import, ast.ImportFrom)
+
+
+def circle(package: Path) -> list[str]:
+    """Modules of a package folder that import each other in a circle, the first one again at its end; [] without."""
+    paths = {module_of(path, package): path for path in sorted(package.rglob("*.py"))}
+    uses: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        uses[module] = set()
+        for name in runtime_imports(ast.parse(path.read_text())):
+            parts = name.removeprefix("sam_repro.").split(".") if name.startswith("sam_repro.") else []
+            prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            target = next((prefix for prefix in prefixes if prefix in paths), module)
+            uses[module] |= {target} - {module}
+    try:
+        graphlib.TopologicalSorter(uses).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(ROOT / "sam_repro") == []
+
+
+@pytest.mark.parametrize(
+    "second",
+    ["from sam_repro.paper import a", "def f():\n    from sam_repro.paper.a import g", "import sam_repro.paper.a"],
+)
+def test_a_planted_circle_is_found(tmp_path, second):
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "__init__.py").touch()
+    (tmp_path / "paper" / "a.py").write_text("from sam_repro.paper.b import f\n")
+    (tmp_path / "paper" / "b.py").write_text(second + "\n")
+    assert set(circle(tmp_path)) == {"paper.a", "paper.b"}
+    checking = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sam_repro.paper.a import g\n"
+    (tmp_path / "paper" / "b.py").write_text(checking)
+    assert circle(tmp_path) == []
 
 
 def test_architecture_prints_the_law():

@@ -9,16 +9,16 @@ import pytest
 from paper_rows import fake_row, write_rows
 
 from sam_repro.cli.main import main
-from sam_repro.paper import parts
+from sam_repro.paper import ledger_join
 from sam_repro.paper.check import rows_problems
-from sam_repro.paper.runs import runs_of
+from sam_repro.paper.ledger_join import runs_of
 from sam_repro.paper.spec import load_table
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with rows of Table 6's GSAM and a README that quotes the table; the report is of that table only."""
-    monkeypatch.setattr(parts, "table_names", lambda: ["table6"])
+    monkeypatch.setattr(ledger_join, "table_names", lambda: ["table6"])
     table = load_table("table6")
     write_rows(tmp_path / "results" / "runs", runs_of(table, table.rows[-1]), [38_400, 38_350, 38_420], total=50_000)
     block = f"<!-- sam-repro table table6 --ledger {tmp_path}/results/runs -->\n<!-- sam-repro end -->\n"

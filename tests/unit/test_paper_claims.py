@@ -13,9 +13,8 @@ from paper_rows import write_rows
 from sam_repro.errors import UserError
 from sam_repro.paper import claims
 from sam_repro.paper.claims import inversions, rank_correlation, sampling, surviving
-from sam_repro.paper.outcomes import outcomes
+from sam_repro.paper.ledger_join import join_table, runs_of
 from sam_repro.paper.render.tables import render
-from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import parse_table
 from sam_repro.records.ledger import row_path
 
@@ -54,7 +53,7 @@ def test_contrast(tmp_path: Path, sam: list[int], claim: dict, word: str) -> Non
     table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"} | claim))
     write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
     write_rows(tmp_path, runs_of(table, table.rows[1])[: len(sam)], sam)
-    (said,) = judged(table, outcomes(table, tmp_path))
+    (said,) = judged(table, join_table(table, tmp_path))
     assert said.startswith(f"{word}: SAM wins.")
     if len(sam) == 3 and sam[0] == 320:
         assert "SAM − VANILLA: +5.65 ± 0.40 points (n = 3, p = 0.00027)" in said
@@ -64,7 +63,7 @@ def test_sampling_error_is_that_of_two_binomials(tmp_path: Path) -> None:
     table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
     write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
     write_rows(tmp_path, runs_of(table, table.rows[1]), [290, 291, 291])
-    found = outcomes(table, tmp_path)
+    found = join_table(table, tmp_path)
     (said,) = judged(table, found)
     rng = np.random.default_rng(0)
     drawn = [rng.binomial(360, p, 100_000) / 3.6 for p in (903 / 1080, 872 / 1080)]
@@ -80,7 +79,7 @@ def test_seeds_and_images_err_together(tmp_path: Path) -> None:
     table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
     write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
     write_rows(tmp_path, runs_of(table, table.rows[1]), [320, 315, 328])
-    (said,) = judged(table, outcomes(table, tmp_path))
+    (said,) = judged(table, join_table(table, tmp_path))
     assert said.startswith("**confirmed on these test images**")
 
 
@@ -88,11 +87,11 @@ def test_other_hardware_is_told(tmp_path: Path) -> None:
     table = parse_table("t", two_methods({"better": "v/sam", "than": "v/vanilla"}))
     write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
     write_rows(tmp_path, runs_of(table, table.rows[1])[:2], [320, 322])
-    (said,) = judged(table, outcomes(table, tmp_path))
+    (said,) = judged(table, join_table(table, tmp_path))
     assert "hardware" not in said
     path = row_path(tmp_path, runs_of(table, table.rows[1])[0].run_id)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hardware": "NVIDIA X"}))
-    (said,) = judged(table, outcomes(table, tmp_path))
+    (said,) = judged(table, join_table(table, tmp_path))
     assert said.endswith("The runs are of different hardware: CPU test, NVIDIA X.")
 
 
@@ -107,7 +106,7 @@ def test_a_contrast_says_which_seeds_it_lacks(tmp_path: Path) -> None:
     write_rows(tmp_path, runs_of(table, table.rows[0]), [300, 301, 302])
     write_rows(tmp_path, runs_of(table, table.rows[1])[:2], [320, 322])
     write_rows(tmp_path, runs_of(table, table.rows[1])[2:], [36], status="diverged")
-    (said,) = judged(table, outcomes(table, tmp_path))
+    (said,) = judged(table, join_table(table, tmp_path))
     assert "(n = 2," in said and said.endswith("Runs that diverged, left out: 1.")
 
 
@@ -120,7 +119,7 @@ def test_magnitudes_are_compared_by_their_ratio(tmp_path: Path) -> None:
         for run, size in zip(runs_of(table, row), sizes, strict=True):
             path = row_path(tmp_path, run.run_id)
             path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
-    found = outcomes(table, tmp_path)
+    found = join_table(table, tmp_path)
     (said,) = judged(table, found)
     # geometric mean of 1/10, 1/100, 1/5; the t-interval of its logarithm
     assert "SAM over VANILLA: a factor of 0.058, 95 % from 0.0012 to 2.9 (n = 3, p = 0.088)." in said
@@ -137,7 +136,7 @@ def test_a_size_of_zero_is_no_crash(tmp_path: Path) -> None:
         for run, size in zip(runs_of(table, row), sizes, strict=True):
             path = row_path(tmp_path, run.run_id)
             path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
-    (said,) = judged(table, outcomes(table, tmp_path))
+    (said,) = judged(table, join_table(table, tmp_path))
     assert "95 % from 0 to inf (n = 2, p = 0.5)" in said
 
 
@@ -149,7 +148,7 @@ def test_trend_within_groups(tmp_path: Path) -> None:
     table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": claims})
     for r, count in zip(table.rows, [300, 200, 100, 310, 210, 220], strict=True):
         write_rows(tmp_path, runs_of(table, r), [count])
-    rho, alpha = judged(table, outcomes(table, tmp_path))
+    rho, alpha = judged(table, join_table(table, tmp_path))
     assert "in 0 of 3 pairs" in rho and rho.startswith("**open, leans against it**")
     falls = [sum(a > b for a, b in itertools.combinations(o, 2)) for o in itertools.permutations(range(3))]
     chance = sum(a + b >= 5 for a in falls for b in falls) / 36
@@ -172,7 +171,7 @@ def test_equal_values_are_no_trend(tmp_path: Path, counts: list[int], said: str)
     table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": claims})
     for r, count in zip(table.rows, counts, strict=True):
         write_rows(tmp_path, runs_of(table, r), [count])
-    (line,) = judged(table, outcomes(table, tmp_path))
+    (line,) = judged(table, join_table(table, tmp_path))
     assert line.startswith(said)
 
 
@@ -213,7 +212,7 @@ def test_two_columns_that_order_rows_alike(tmp_path: Path, counts: list[int], ga
     table = parse_table("t", BASE | {"seeds": 1, "columns": columns, "rows": [row], "claims": [claim]})
     for i, r in enumerate(table.rows):
         write_rows(tmp_path, runs_of(table, r), [counts[i]], gap=gaps[i])
-    (line,) = judged(table, outcomes(table, tmp_path))
+    (line,) = judged(table, join_table(table, tmp_path))
     assert line.startswith(said) and "nan" not in line
 
 

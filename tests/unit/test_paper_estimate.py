@@ -13,8 +13,8 @@ from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
 from sam_repro.paper import measured_speeds as rates
 from sam_repro.paper.estimate import cost_of, slower, steps_of
+from sam_repro.paper.ledger_join import runs_of, unique_runs
 from sam_repro.paper.measured_speeds import Rate, is_named, load_rates, loader_rate, passes_of, step_rate
-from sam_repro.paper.runs import runs_of, unique_runs
 from sam_repro.paper.spec import load_table, parse_table
 from sam_repro.runner import calibrate
 from sam_repro.runner.calibrate import mean_step

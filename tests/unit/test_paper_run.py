@@ -16,7 +16,7 @@ from sam_repro.cli.arguments import duration
 from sam_repro.cli.main import main
 from sam_repro.config.run_id import run_id
 from sam_repro.config.schema import Config
-from sam_repro.paper import runs
+from sam_repro.paper import ledger_join
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import load_table
 from sam_repro.records import ledger
@@ -128,7 +128,7 @@ def test_a_run_whose_start_diverged_is_left_out(trained: Trained, tmp_path: Path
     for name, rows in (("start", [SAM]), ("t", [SAM, tuned])):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(head | {"rows": rows}))
     tables = {name: load_table(str(tmp_path / f"{name}.yaml")) for name in ("start", "t")}
-    monkeypatch.setattr(runs, "load_table", tables.get)
+    monkeypatch.setattr(ledger_join, "load_table", tables.get)
     assert main(["run", str(tmp_path / "t.yaml"), "--ledger", str(tmp_path)]) == 3
     assert len(trained) == 1 and "from which it starts, diverged" in capsys.readouterr().err
 

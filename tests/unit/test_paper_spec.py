@@ -11,7 +11,8 @@ from sam_repro.cli.main import main
 from sam_repro.config.compose import compose_config
 from sam_repro.config.run_id import run_id
 from sam_repro.errors import UserError
-from sam_repro.paper.runs import compose_point, runs_of, unique_runs
+from sam_repro.paper.ledger_join import runs_of, unique_runs
+from sam_repro.paper.runs import compose_point
 from sam_repro.paper.spec import load_table, parse_table
 
 

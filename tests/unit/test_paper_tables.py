@@ -18,13 +18,12 @@ from sam_repro.cli.main import main
 from sam_repro.config.compose import compose_config
 from sam_repro.config.run_id import run_id as run_name
 from sam_repro.optim import METRICS
-from sam_repro.paper.outcomes import outcomes, value_of, winners
-from sam_repro.paper.parts import Part
+from sam_repro.paper.ledger_join import JoinedTable, join_table, runs_of
+from sam_repro.paper.outcomes import value_of, winners
 from sam_repro.paper.render.figures import colours_of_series, draw
 from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.style import METHODS, spread
 from sam_repro.paper.render.tables import render
-from sam_repro.paper.runs import runs_of
 from sam_repro.paper.spec import Column, load_table, parse_table
 from sam_repro.paper.statistics import compare, interval, magnitudes, verdict
 from sam_repro.records.ledger import row_path, write_row
@@ -83,11 +82,11 @@ def test_sizes_are_judged_by_their_range(printed: float, word: str) -> None:
 def test_a_row_goes_from_pending_to_a_verdict(tmp_path: Path) -> None:
     table = table_with(90.0)
     runs = runs_of(table, table.rows[0])
-    assert outcomes(table, tmp_path)[0].cells[0].verdict == "pending"
+    assert join_table(table, tmp_path)[0].cells[0].verdict == "pending"
     write_rows(tmp_path, runs[:1], [324])
-    assert outcomes(table, tmp_path)[0].cells[0].verdict == "one seed"
+    assert join_table(table, tmp_path)[0].cells[0].verdict == "one seed"
     write_rows(tmp_path, runs[1:], [325, 323])
-    (o,) = outcomes(table, tmp_path)
+    (o,) = join_table(table, tmp_path)
     assert o.cells[0].verdict == "within" and o.cells[0].difference == pytest.approx(0, abs=1e-9)
     assert o.state == "done" and o.step_ms == pytest.approx(50) and 0.1 < o.metric("surrogate_gap") < 0.2
 
@@ -98,11 +97,11 @@ def test_a_diverged_seed_is_the_verdict(printed: float | str, tmp_path: Path) ->
     runs = runs_of(table, table.rows[0])
     write_rows(tmp_path, runs[:2], [324, 325])
     write_rows(tmp_path, runs[2:], [0], status="diverged")
-    assert outcomes(table, tmp_path)[0].cells[0].verdict == "diverged"
+    assert join_table(table, tmp_path)[0].cells[0].verdict == "diverged"
 
 
 def test_the_toy_of_fig_3_needs_no_run() -> None:
-    sgd, sam, gsam = (o.cells[0].ours.mean for o in outcomes(load_table("fig3")))
+    sgd, sam, gsam = (o.cells[0].ours.mean for o in join_table(load_table("fig3")))
     assert gsam < 1 < min(sgd, sam)
 
 
@@ -112,11 +111,11 @@ def test_sharpness_of_rows_fills_fig_4_and_a_row_without_it_waits(tmp_path: Path
     sharpness = {"lambda_max": 12.5, "estimate": 3.25, "residual": 1e-4, "images": 512, "rho": 0.05, "alignment": 0.2}
     write_row(tmp_path, fake_row(measured, 180) | {"sharpness": sharpness})
     write_row(tmp_path, fake_row(without, 180) | {"sharpness": {"problem": "no memory"}})
-    first, second, *_ = outcomes(table, tmp_path)
+    first, second, *_ = join_table(table, tmp_path)
     ours = {c.column.name: c.ours.mean for c in first.cells if c.ours}
     assert ours == {"val": 50.0, "estimate": 3.25, "lambda_max": 12.5}
     assert [c.ours is None for c in second.cells] == [False, True, True]
-    page = assemble([Part(table, outcomes(table, tmp_path))])
+    page = assemble([JoinedTable(table, join_table(table, tmp_path))])
     assert "λ_max 12.5 (residual 0.0001), 2h/ρ² 3.25 at ρ 0.05" in page
 
 
@@ -130,7 +129,7 @@ def test_a_held_lock_reads_running(tmp_path: Path) -> None:
     lock = tmp_path / runs_of(table, table.rows[0])[1].run_id / "lock"
     lock.parent.mkdir()
     lock.write_text("{}")
-    assert outcomes(table, tmp_path)[0].cells[0].verdict == "running"
+    assert join_table(table, tmp_path)[0].cells[0].verdict == "running"
 
 
 @pytest.fixture
@@ -155,7 +154,7 @@ def test_a_bar_in_a_title_is_no_column() -> None:
     table = parse_table(
         "t", BASE | {"columns": {"val": {"title": "|cos|"}}, "rows": [{"id": "m/g", "model": "M", "method": "G"}]}
     )
-    head, rule = [line for line in render(table, outcomes(table), "md").splitlines() if line.startswith("|")][:2]
+    head, rule = [line for line in render(table, join_table(table), "md").splitlines() if line.startswith("|")][:2]
     assert r"\|cos\|" in head and head.replace(r"\|", "").count("|") == rule.count("|")
 
 
@@ -176,7 +175,7 @@ def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
     for run, size in zip(runs, [-10, 100, -1000], strict=True):
         path = row_path(tmp_path, run.run_id)
         path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
-    found = outcomes(table, tmp_path)
+    found = join_table(table, tmp_path)
     assert "|s|: without its sign (2 of 3 are negative); geometric mean and range over seeds" in render(
         table, found, "md"
     )
@@ -227,7 +226,7 @@ def test_a_row_without_abscissa_is_a_level_and_methods_keep_their_colours(tmp_pa
     table = load_table("fig7")
     for row in table.rows:
         write_rows(tmp_path, runs_of(table, row), [250 + 10 * row.id.startswith("vit_b32/gsam")])
-    found = outcomes(table, tmp_path)
+    found = join_table(table, tmp_path)
     colours = colours_of_series(found)
     assert colours["SAM by ρ"] == METHODS["sam"] and colours["GSAM by ρ"] == METHODS["gsam"]
     assert len(set(colours.values())) == 5
@@ -250,11 +249,11 @@ def test_a_sweep_is_decided_on_minival_and_not_on_the_test_set(tmp_path: Path) -
         fake = fake_row(runs_of(table, row)[0], val)
         fake["evals"]["minival"] = {"correct": minival, "total": 360}
         write_row(tmp_path, fake)
-    text = render(table, outcomes(table, tmp_path), "md")
+    text = render(table, join_table(table, tmp_path), "md")
     assert "M, GSAM: alpha=0.2 is best on minival (86.11 %, of 2 measured points of 3)" in text
     diverged = fake_row(runs_of(table, table.rows[2])[0], 0) | {"status": "diverged"}
     write_row(tmp_path, diverged)
-    assert "of 2 measured points of 3)" in render(table, outcomes(table, tmp_path), "md")
+    assert "of 2 measured points of 3)" in render(table, join_table(table, tmp_path), "md")
 
 
 def test_a_point_of_a_sweep_with_a_diverged_seed_does_not_win(tmp_path: Path) -> None:
@@ -271,7 +270,7 @@ def test_a_point_of_a_sweep_with_a_diverged_seed_does_not_win(tmp_path: Path) ->
             fake = fake_row(run, 300)
             fake["evals"]["minival"] = {"correct": minival, "total": 360}
             write_row(tmp_path, fake | ({"status": "diverged"} if (minival, run.config.seed) == (350, 1) else {}))
-    (winner,) = winners(table, outcomes(table, tmp_path))
+    (winner,) = winners(table, join_table(table, tmp_path))
     assert winner.outcome.row.point == {"model.sam_rho": 0.1} and winner.measured == 1
 
 

@@ -13,7 +13,8 @@ from sam_repro.config.schema import Config
 from sam_repro.paper import check
 from sam_repro.paper.check import table4_problems
 from sam_repro.paper.estimate import cost_of
-from sam_repro.paper.runs import Run, runs_of
+from sam_repro.paper.ledger_join import runs_of
+from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import UNREADABLE, load_table, table_names
 
 

@@ -16,7 +16,7 @@ from sam_repro.cli.sync import metrics_of, run_folders
 from sam_repro.config.compose import compose_config, to_dict
 from sam_repro.config.run_id import run_id
 from sam_repro.paper.dashboard import build_report, build_workspace, dashboard_of
-from sam_repro.paper.outcomes import outcomes
+from sam_repro.paper.ledger_join import join_table
 from sam_repro.paper.spec import load_table
 
 LOG = [
@@ -111,7 +111,7 @@ def test_workspace_and_report_are_built_from_the_file(folder: Path) -> None:
     """Objects of the real client, not saved, which takes a key; their content is read back."""
     pytest.importorskip("wandb_workspaces")
     table = load_table("fig4")
-    tree = json.loads(json.dumps(dashboard_of(table, outcomes(table), entity="me", project="p")))
+    tree = json.loads(json.dumps(dashboard_of(table, join_table(table), entity="me", project="p")))
     workspace, report = build_workspace(tree), build_report(tree)
     assert workspace.entity == report.entity == "me" and workspace.project == report.project == "p"
     assert [s.name for s in workspace.sections] == [s["name"] for s in tree["sections"]]

@@ -9,7 +9,7 @@ import pytest
 from paper_rows import fake_row
 
 from sam_repro.cli.main import main
-from sam_repro.paper.runs import unique_runs
+from sam_repro.paper.ledger_join import unique_runs
 from sam_repro.paper.spec import load_table
 from sam_repro.records import failure, ledger
 from sam_repro.records.lock import RunLock

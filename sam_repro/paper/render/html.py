@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sam_repro.paper.render.tables import Sheet
+from sam_repro.paper.render.sheet import Sheet
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --paper: #ffffff; --tint: #f5f7f9; --accent: #0072b2;

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sam_repro.paper.deviations import deviations_path
 from sam_repro.paper.estimate import row_costs
+from sam_repro.paper.ledger_join import JoinedTable, join_tables
 from sam_repro.paper.outcomes import curve
-from sam_repro.paper.parts import Part, parts_of
 from sam_repro.paper.render.chart import line_chart
 from sam_repro.paper.render.html import cell, grid, notes, page
-from sam_repro.paper.render.tables import hours_words, sheet_of
+from sam_repro.paper.render.sheet import hours_words, sheet_of
 from sam_repro.records.ledger import Row
 
 SCRIPT = """
@@ -63,10 +63,10 @@ def report(names: list[str], ledger_dir: Path | None = None) -> str:
         names: tables; empty for all whose runs go to the committed ledger.
         ledger_dir: folder of ledger rows; None takes the tables' own.
     """
-    return assemble(parts_of(names, ledger_dir))
+    return assemble(join_tables(names, ledger_dir))
 
 
-def assemble(parts: list[Part]) -> str:
+def assemble(parts: list[JoinedTable]) -> str:
     """The whole page."""
     rows = {k: row for part in parts for k, row in part.rows.items()}
     body = [
@@ -92,9 +92,9 @@ def assemble(parts: list[Part]) -> str:
     return page("Sharpness-aware training, reproduced", "\n".join(body), SCRIPT)
 
 
-def tiles(parts: list[Part], rows: dict[str, Row]) -> str:
+def tiles(parts: list[JoinedTable], rows: dict[str, Row]) -> str:
     """The few numbers that say where the project stands."""
-    verdicts = Counter(c.verdict for part in parts for o in part.found for c in o.cells)
+    verdicts = Counter(c.verdict for part in parts for o in part.outcomes for c in o.cells)
     wanted = len(set().union(*(part.runs for part in parts)))
     judged = verdicts["within"] + verdicts["above"] + verdicts["below"]
     numbers = [
@@ -109,12 +109,12 @@ def tiles(parts: list[Part], rows: dict[str, Row]) -> str:
     return '<div class="tiles">' + "".join(f'<div class="tile"><b>{n}</b>{t}</div>' for n, t in numbers) + "</div>"
 
 
-def overview(parts: list[Part]) -> str:
+def overview(parts: list[JoinedTable]) -> str:
     """One line a table."""
     head = ("table", "rows", "runs", "of", "within", "above", "below", "diverged", "one seed", "pending")
     lines = []
     for part in parts:
-        words = Counter(c.verdict for o in part.found for c in o.cells)
+        words = Counter(c.verdict for o in part.outcomes for c in o.cells)
         counts = [len(part.table.rows), len(part.rows), len(part.runs)]
         counts += [words[w] for w in head[4:]]
         name = f'<td class="left"><a href="#{part.table.name}">{escape(part.table.title)}</a></td>'
@@ -125,7 +125,7 @@ def overview(parts: list[Part]) -> str:
     )
 
 
-def table_part(part: Part) -> str:
+def table_part(part: JoinedTable) -> str:
     """A table that folds; open where it has results."""
     t = part.table
     state = f"cannot be planned yet: {part.problem}" if part.problem else f"{len(part.rows)} of {len(part.runs)} runs"
@@ -138,10 +138,10 @@ def table_part(part: Part) -> str:
     title = escape(" ".join([t.name, t.title, *t.warnings]))  # words that every row answers to
     opened = " open" if part.rows or t.name == "table1" else ""
     inner = f'<p class="soft">{escape(t.source)}</p>'
-    if part.found:
-        s = sheet_of(t, part.found)
-        runs = [{str(row["seed"]): row["run_id"] for row in o.ledger} for o in part.found]
-        inner += grid(s, runs, [o.row.id for o in part.found]) + notes(s)
+    if part.outcomes:
+        s = sheet_of(t, part.outcomes)
+        runs = [{str(row["seed"]): row["run_id"] for row in o.ledger} for o in part.outcomes]
+        inner += grid(s, runs, [o.row.id for o in part.outcomes]) + notes(s)
     return (
         f'<details id="{t.name}" class="filterable" data-words="{words}" data-title="{title}"'
         f"{opened}>{head}{inner}</details>"
@@ -188,11 +188,11 @@ def run_part(row: Row) -> str:
     )
 
 
-def costs(parts: list[Part]) -> str:
+def costs(parts: list[JoinedTable]) -> str:
     """EFLOP planned and hours spent a table; `sam-repro estimate` adds hours and money for given hardware."""
     lines = []
     for part in parts:
-        known = row_costs(part.table, part.found, []).values()
+        known = row_costs(part.table, part.outcomes, []).values()
         eflop = sum(c.eflop or 0 for c in known)
         spent = sum(row.get("hours", 0.0) for row in part.rows.values())
         cells = [
