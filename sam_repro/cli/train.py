@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
 import psutil
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
 from sam_repro.config.checks import validate
-from sam_repro.config.compose import all_choices, config_dir, explain, refuse_base_files, register_schema, typed
+from sam_repro.config.compose import explain, refuse_words, register_schema, typed
+from sam_repro.config.files import choices, config_dir, folders
 from sam_repro.errors import RankLost, UserError
 from sam_repro.records import failure
 from sam_repro.training.signals import Interrupted, StopSignal, ignore_signals
+
+if TYPE_CHECKING:  # Hydra takes half a second: `--help` does without
+    from omegaconf import DictConfig
+
+HELP = """Train one model with one method, evaluate it, and write one ledger row.
+
+  python train.py model=vit_b32 optim=gsam data.root=/data/imagenet
+  python train.py model=vit_b32 optim=gsam debug=tiny        # in seconds, on any machine
+  python train.py -m experiment=demo optim=vanilla,sam,gsam seed=0,1,2
+
+== Choices (folder=name) ==
+{choices}
+Any key of the configuration can be given as key=value; `--cfg job --resolve` prints them all, and
+sam_repro/config/schema.py says what each one means. The same command again resumes, or says that the run is done.
+--config-dir adds a folder like configs/; `--hydra-help` lists Hydra's other options."""
 
 
 def typed_overrides() -> list[str]:
@@ -24,11 +39,34 @@ def typed_overrides() -> list[str]:
     return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
 
 
+def own_folders() -> list[Path]:
+    """The folders like configs/ that this process's command line names; prints the help where it asks for it."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", "--config-path", "-cp", type=Path, action="append", default=[])
+    parser.add_argument("--cfg", "-c")  # Hydra's, which else would be short for -cd
+    parser.add_argument("--help", "-h", action="store_true")
+    given, _ = parser.parse_known_args()
+    if given.help:
+        lists = (f"{folder}: {', '.join(choices(folder, *given.config_dir))}" for folder in folders(*given.config_dir))
+        print(HELP.format(choices="\n".join(lists)))
+        sys.exit(0)
+    return given.config_dir
+
+
 def cli() -> None:
     """Compose, check, train; exits with the code of ARCHITECTURE.md's contract."""
+    compose_and_train(own_folders())
+
+
+def compose_and_train(own: list[Path]) -> None:
+    """Compose, with the folders like configs/ that are the user's `own`, check and train."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
     register_schema()
-    OmegaConf.register_new_resolver("choices", all_choices, replace=True)  # of the help in configs/config.yaml
     statuses: list[str] = []
     refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
     trained = False  # before that all ranks refuse the same words: one says why
@@ -60,7 +98,10 @@ def cli() -> None:
             print(sentence, file=sys.stderr)
 
     try:
-        refuse_base_files(typed_overrides())
+        for folder in own:
+            if not folder.is_dir():
+                raise UserError(f"there is no folder {folder} with configuration files")
+        refuse_words(typed_overrides(), *own)
         run()
         if refused:
             raise refused[0]
@@ -70,8 +111,8 @@ def cli() -> None:
     except (UserError, RankLost) as error:
         say(f"error: {error}")
         sys.exit(failure.exit_code(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        say(f"error: {explain(error, typed_overrides())}")
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        say(f"error: {explain(error, typed_overrides(), *own)}")
         sys.exit(2)
     except OSError as error:
         if not failure.is_about_files(error):

@@ -11,7 +11,7 @@ from sam_repro.config.compose import to_dict
 from sam_repro.config.schema import Config
 
 # Keys that say where and how fast, not what: two runs that differ only here are the same run.
-MACHINE_KEYS = (
+UNHASHED_KEYS = (
     "log",
     "sharpness",
     "optim.groups",
@@ -38,7 +38,7 @@ def config_hash(cfg: Config) -> str:
     default that changes results must therefore never be changed in place.
     """
     tree = to_dict(cfg)
-    for key in MACHINE_KEYS:
+    for key in UNHASHED_KEYS:
         node, parts = tree, key.split(".")
         for part in parts[:-1]:
             node = node[part]
@@ -47,21 +47,21 @@ def config_hash(cfg: Config) -> str:
     start = Path(cfg.init) if cfg.init else None
     if start and start.parent == Path(cfg.log.runs_dir):  # a run's folder: where runs lie is the machine's business
         tree["init"] = f"runs/{start.name}"
-    told = different(tree, to_dict(Config()))
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    changed = different(tree, to_dict(Config()))
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def different(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     """The part of a tree that differs from another."""
-    told = {}
+    changed = {}
     for key, value in tree.items():
         if isinstance(value, dict) and isinstance(default.get(key), dict):
             value = different(value, default[key])
             if value:
-                told[key] = value
+                changed[key] = value
         elif key not in default or value != default[key]:
-            told[key] = value
-    return told
+            changed[key] = value
+    return changed
 
 
 def run_id(cfg: Config) -> str:

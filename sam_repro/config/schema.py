@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from sam_repro.errors import UserError
+
+MISSING: Any = "???"  # OmegaConf's word for a value that a file of configs/ has to give
 
 
 @dataclass

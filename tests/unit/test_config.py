@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sam_repro.config.checks import validate
-from sam_repro.config.compose import choices, compose_config, fields_of
+from sam_repro.config.compose import compose_config, compose_with_hydra, fields_of
+from sam_repro.config.files import choices, compose_files, folders
 from sam_repro.config.run_id import config_hash, run_id
 from sam_repro.config.schema import Config
 from sam_repro.errors import UserError
@@ -111,8 +113,100 @@ def test_typos_name_the_nearest_key():
         compose_config(["recipe.lr=abc"])
     with pytest.raises(UserError, match=r"^optim=\[sam,gsam\]: a run has one; -m optim=sam,gsam makes several"):
         compose_config(["optim=[sam,gsam]"])  # Hydra would merge them
-    with pytest.raises(UserError, match="^seed=0,1 are several runs: add -m$"):
-        compose_config(["seed=0,1"])
+
+
+EXPLAINED = {
+    "seed=0,1": "^seed=0,1 are several runs: add -m$",
+    "seed=range(1,3)": r"^seed=range\(1,3\) are several runs: add -m$",
+    "data.root=a,b": "are several runs: add -m, or write \"data.root='a,b'\" for one value$",
+    "data.eval_sets=val,v2": r"^data.eval_sets is a list: write data.eval_sets=\[val,v2\]$",
+    "init=logs/epoch=9-step=100.ckpt": "^cannot read init=.* is quoted, \"init='logs/epoch=9-step=100.ckpt'\"$",
+    "data.root=/images (new)": "is quoted, \"data.root='/images \\(new\\)'\"$",
+    "data.root=it's": r"is quoted, \"data.root='it\\'s'\"$",
+    "recipe.betas=[1,": r"^cannot read recipe.betas=\[1,: a list is written recipe.betas=\[a,b\]",
+    "model.kwargs={a:{b:1}": r"a mapping model.kwargs=\{a:1,b:2\}",
+    "recipe.lr": "^recipe.lr: options are written key=value$",
+    "=3": "^=3: options are written key=value$",
+    "+model=vit_b16": "^model is there already: write model=vit_b16$",
+    "+recipe.lr=1": "^recipe.lr is there already: write recipe.lr=1$",
+    "recipe=null": r"^recipe=null does not exist \(choices: cifar, ",
+    "model=vit_b32,vit_b16": "are several runs: add -m$",
+    "optim.alpha=${model.alhpa}": r"^Interpolation key 'model.alhpa' not found \(in optim.alpha=",
+    "recipe.steps=1.5": r"^recipe.steps: Value '1.5' .* \(in recipe.steps=1.5\)$",
+    # of a folder of the user's own
+    "data=mine recipe.lrr=1": "^there is no key 'recipe.lrr'; did you mean 'recipe.lr'",
+    "data=mine2": r"^data=mine2 does not exist; did you mean 'mine'\? \(choices: broken, cifar10, .*, mine, misspelt,",
+    "data=misspelt": "^data/misspelt.yaml: there is no key 'data.num_clases'; did you mean 'data.num_classes'",
+    "data=wordy": "^data/wordy.yaml: data.num_classes: Value 'abc' ",
+    "data=broken": 'broken.yaml", line 1',
+    "data=orphan": "^In 'data/orphan': Could not load 'data/nothere'",
+}
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory):
+    """A folder as --config-dir names it, with one file that is right."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "data").mkdir()
+    for name, text in {
+        "mine": "name: mine\nnum_classes: 3\n",
+        "misspelt": "num_clases: 3\n",
+        "wordy": "num_classes: abc\n",
+        "broken": "name: [x\n",
+        "orphan": "defaults: [nothere, _self_]\nname: x\n",
+    }.items():
+        (folder / "data" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("words", EXPLAINED)
+def test_an_error_is_explained_by_itself_and_not_by_the_words_around_it(words, own_folder):
+    words, sentence = words.split(" ") if words.startswith("data=mine ") else [words], EXPLAINED[words]
+    around = ["debug=tiny", "data.root='a=b'", f"hydra.searchpath=[{own_folder}]"]
+    with pytest.raises(UserError, match=sentence) as refused:
+        compose_config([*around, *words, "seed=3"] if words != ["seed=0,1"] else [*around, *words])
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command_line_knows_the_user_s_own_folder(own_folder):
+    def train(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
+
+    own = ("--config-dir", str(own_folder))
+    assert "name: mine" in train(*own, "data=mine", "-c", "job").stdout
+    assert ", mine, misspelt, " in train(*own, "--help").stdout
+    assert "did you mean 'mine'? (choices: broken, cifar10" in train(*own, "data=_mine").stderr
+    assert "'recipe.lrr'; did you mean 'recipe.lr'" in train(*own, "data=mine", "recipe.lrr=1").stderr
+    missing = train("--config-dir", "/nowhere", "data=mine")
+    assert missing.stderr == "error: there is no folder /nowhere with configuration files\n" and missing.returncode == 2
+    assert train("--config-name", "mine").stderr.startswith("error: Cannot find primary config 'mine'")
+
+
+def composed_both_ways() -> list[list[str]]:
+    """Every file alone, files that choose for each other, and values of every kind."""
+    alone = [[f"{folder}={name}"] for folder in folders() for name in choices(folder)]
+    with_others = (["debug=tiny"], ["model=vit_b16"], ["recipe=cifar"], ["data=pets", "optim=sam", "data=flowers"])
+    together = [[f"experiment={name}", *words] for name in choices("experiment") for words in with_others]
+    values = "recipe.lr=1 recipe.lr=.5 recipe.lr=1e-3 recipe.lr=5. optim.m=8 optim.faithful_rho=True data.root=null "
+    values += "data.root=/a-b/c.1 log.group=table1/vit_b32 recipe.betas=[0.9,1e-1] data.eval_sets=[val,v2] "
+    values += "train.compile=null init=runs/a-b seed=3 recipe.steps=5 optim.alpha=${model.sam_rho} log.runs_dir=/x"
+    return [*alone, *together, *([word, "debug=tiny"] for word in values.split())]
+
+
+def test_composing_without_hydra_is_hydra_s():
+    for words in composed_both_ways():
+        assert compose_files(words) == compose_with_hydra(words), words
+
+
+@pytest.mark.parametrize("word", ["data.root=05", "data.name=12", "recipe.epochs=1_0", "data.root=a:b"])
+def test_what_only_hydra_can_read_is_left_to_it(word):
+    assert compose_files([word]) is None and compose_config([word]) == compose_with_hydra([word])
+
+
+def test_stored_runs_keep_their_names():
+    rows = [json.loads(path.read_text()) for path in (ROOT / "results" / "runs").glob("*.json")]
+    assert len(rows) > 100
+    assert [row["run_id"] for row in rows] == [run_id(compose_config(row["overrides"])) for row in rows]
 
 
 def test_base_files_are_no_choice():
