@@ -55,56 +55,16 @@ def own_folders() -> list[Path]:
 
 def cli() -> None:
     """Compose, check, train; exits with the code of ARCHITECTURE.md's contract."""
-    compose_and_train(own_folders())
-
-
-def compose_and_train(own: list[Path]) -> None:
-    """Compose, with the folders like configs/ that are the user's `own`, check and train."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
+    own = own_folders()
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
-    register_schema()
-    statuses: list[str] = []
-    refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
-    trained = False  # before that all ranks refuse the same words: one says why
-
-    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
-    def run(cfg: DictConfig) -> None:
-        nonlocal trained
-        if refused:  # a multirun ends at its first error
-            return
-        if statuses and StopSignal.late:  # the run before was just ending
-            raise Interrupted(128 + StopSignal.late)
-        task = list(HydraConfig.get().overrides.task)
-        born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
-        try:
-            config = typed(cfg)
-            validate(config)
-            trained = True
-            from sam_repro.training.main import (
-                main,  # torch and timm take seconds: not before the words are known to be right
-            )
-
-            statuses.append(main(config, task, born=born)["status"])
-        except (UserError, RankLost, OSError) as error:
-            refused.append(error)
-
-    def say(sentence: str) -> None:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if trained or rank == "0":
-            print(sentence, file=sys.stderr)
 
     try:
         for folder in own:
             if not folder.is_dir():
                 raise UserError(f"there is no folder {folder} with configuration files")
         refuse_words(typed_overrides(), *own)
-        run()
-        if refused:
-            raise refused[0]
+        statuses = compose_and_train()
     except Interrupted:
         ignore_signals()
         raise
@@ -124,3 +84,43 @@ def compose_and_train(own: list[Path]) -> None:
         sys.exit(130)
     if "diverged" in statuses:
         sys.exit(3)
+
+
+def compose_and_train() -> list[str]:
+    """One run, or several with -m; returns their ledger rows' status."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
+    register_schema()
+    statuses: list[str] = []
+    refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def run(cfg: DictConfig) -> None:
+        if refused:  # a multirun ends at its first error
+            return
+        if statuses and StopSignal.late:  # the run before was just ending
+            raise Interrupted(128 + StopSignal.late)
+        task = list(HydraConfig.get().overrides.task)
+        born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
+        try:
+            config = typed(cfg)
+            validate(config)
+            from sam_repro.training.main import main  # torch takes seconds: not before the words are known to be right
+
+            statuses.append(main(config, task, born=born)["status"])
+        except (UserError, RankLost, OSError) as error:
+            refused.append(error)
+
+    run()
+    if refused:
+        raise refused[0]
+    return statuses
+
+
+def say(sentence: str) -> None:
+    """A line for the person who typed; before training all ranks refuse the same words, and one says why."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if "sam_repro.training.main" in sys.modules or rank == "0":
+        print(sentence, file=sys.stderr)
