@@ -17,6 +17,7 @@ from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.tables import FORMATS, render
 from sam_repro.paper.spec import load_table
 from sam_repro.records.ledger import read_row
+from sam_repro.records.row_schema import seal_of
 
 BLOCK = re.compile(r"(<!-- sam-repro ((?:table|speed)[^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
 
@@ -29,13 +30,12 @@ def rows_problems(folder: Path) -> Iterator[str]:
         except UserError as error:
             yield str(error)
             continue
-        if path.stem != row["run_id"] or not row["run_id"].endswith(f"-s{row['seed']}-{row['config_hash']}"):
-            yield f"{path}: the run id {row['run_id']} does not fit the file's name, the seed or the configuration"
+        if not row["run_id"].endswith(f"-s{row['seed']}-{row['config_hash']}"):
+            yield f"{path}: the run id {row['run_id']} does not fit the seed or the configuration"
         if row["status"] == "done" and not row["evals"]:
             yield f"{path}: done, but without an evaluation"
-        for name, counts in row["evals"].items():
-            if not 0 <= counts["correct"] <= counts["total"]:
-                yield f"{path}: {counts['correct']} of {counts['total']} images correct on {name}"
+        if row.get("seal") != seal_of(row):
+            yield f"{path}: the row is not what its seal says: it was changed after training wrote it"
         last = {e["eval"]: e["correct"] for e in row.get("curves", {}).get("eval", [])}
         for name in last.keys() & row["evals"].keys():
             if last[name] != row["evals"][name]["correct"]:

@@ -9,15 +9,12 @@ import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.records.files import write_atomic
-
-Row = dict[str, Any]
+from sam_repro.records.row_schema import Row, parse_row, seal_of
 
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "numpy", "numba", "opencv-python-headless", "hydra-core", "wandb")
-REQUIRED = ("run_id", "status", "seed", "config", "config_hash", "commit", "dirty", "hardware", "evals")
 
 
 def row_path(ledger_dir: str | Path, run_id: str) -> Path:
@@ -26,22 +23,26 @@ def row_path(ledger_dir: str | Path, run_id: str) -> Path:
 
 
 def write_row(ledger_dir: str | Path, row: Row) -> Path:
-    """Write a row once; an existing row of the run is never changed."""
+    """Write a row once, sealed; an existing row of the run is never changed."""
     path = row_path(ledger_dir, row["run_id"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(row, indent=1, allow_nan=False) + "\n", replace=False)
+    sealed = row | {"seal": seal_of(row)}
+    write_atomic(path, json.dumps(sealed, indent=1, allow_nan=False) + "\n", replace=False)
     return path
 
 
 def read_row(path: Path) -> Row:
-    """One row, checked for the keys that every reader relies on."""
+    """One row, checked for the fields that every reader relies on; its seal is for `sam-repro check`.
+
+    Raises:
+        UserError: the file cannot be read or is no row; one sentence names the field.
+    """
     try:
-        row = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        row = parse_row(path.read_text())
+        if row["run_id"] != path.stem:
+            raise ValueError(f"it is the row of {row['run_id']}, whatever the file's name says")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a ledger row: {error}") from None
-    missing = [key for key in REQUIRED if key not in row]
-    if missing:
-        raise UserError(f"{path} is not a ledger row: it lacks {', '.join(missing)}")
     return row
 
 

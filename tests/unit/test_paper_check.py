@@ -13,6 +13,7 @@ from sam_repro.paper import ledger_join
 from sam_repro.paper.check import rows_problems
 from sam_repro.paper.ledger_join import runs_of
 from sam_repro.paper.spec import load_table
+from sam_repro.records.row_schema import seal_of
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_an_impossible_row_is_found(tmp_path: Path, change: dict, words: str) ->
     table = load_table("demo")
     row = fake_row(runs_of(table, table.rows[0])[0], 330)
     path = tmp_path / f"{row['run_id']}.json"
-    path.write_text(json.dumps(row))
+    path.write_text(json.dumps(row | {"seal": seal_of(row)}))
     assert list(rows_problems(tmp_path)) == []
     path.write_text(json.dumps(row | change))
     assert any(words in problem for problem in rows_problems(tmp_path))

@@ -166,7 +166,7 @@ def test_csv_is_one_line_a_number(ledger: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
-    columns = {"val": {"title": "|s|", "value": "step", "unit": "", "magnitude": True}}
+    columns = {"val": {"title": "|s|", "value": "sharpness.lambda_max", "unit": "", "magnitude": True}}
     row = {"id": "v/sam", "model": "V", "method": "SAM", "overrides": ["optim=sam"]}
     tree = {"title": "t", "source": "ours", "base": ["experiment=demo"], "columns": columns, "seeds": 3, "rows": [row]}
     table = parse_table("t", tree)
@@ -174,7 +174,7 @@ def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
     write_rows(tmp_path, runs, [300, 301, 302])
     for run, size in zip(runs, [-10, 100, -1000], strict=True):
         path = row_path(tmp_path, run.run_id)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": size}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sharpness": {"lambda_max": size}}))
     found = join_table(table, tmp_path)
     assert "|s|: without its sign (2 of 3 are negative); geometric mean and range over seeds" in render(
         table, found, "md"
