@@ -84,8 +84,8 @@ class Run:
         self.base.step()
 
     def estimate(self) -> None:
-        assert isinstance(self.engine.before, PowerIteration)
-        self.engine.before.renew(self.images, self.labels)
+        assert isinstance(self.engine.pre_step, PowerIteration)
+        self.engine.pre_step.renew(self.images, self.labels)
 
 
 def bench_model(name: str, args: argparse.Namespace, row: dict, save: Callable[[], None]) -> None:
@@ -94,7 +94,7 @@ def bench_model(name: str, args: argparse.Namespace, row: dict, save: Callable[[
     for key, method in (("sam_seconds", "sam"), ("eigen_seconds", "eigen_sam")):
         gc.collect()
         run = Run(name, method, args)
-        before = run.engine.before
+        before = run.engine.pre_step
         setup = seconds(run, 3)
         row[key] = statistics.median(seconds(run, args.steps) for _ in range(args.rounds))
         row[key.replace("seconds", "setup_seconds")] = 3 * setup

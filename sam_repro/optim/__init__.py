@@ -5,10 +5,10 @@ from sam_repro.optim.combinations import COMBINATIONS, THREE_PASSES
 from sam_repro.optim.dropin.optimizers import ASAM, GSAM, SAM, EigenSAM, SharpnessAware
 from sam_repro.optim.eigen_sam import PowerIteration
 from sam_repro.optim.entropy_sgd import EntropySGD
-from sam_repro.optim.looksam import EveryK
+from sam_repro.optim.looksam import LookSAMStep
 from sam_repro.optim.perturbations import PERTURBATIONS, Eigen, build_perturbation
 from sam_repro.optim.schedules import lr_at, rho_at
-from sam_repro.optim.synced_perturbation import GlobalStep
+from sam_repro.optim.synced_perturbation import SyncedStep
 from sam_repro.optim.two_pass import METRICS, GradientStep
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "Eigen",
     "EigenSAM",
     "EntropySGD",
-    "EveryK",
-    "GlobalStep",
+    "LookSAMStep",
+    "SyncedStep",
     "GradientStep",
     "PowerIteration",
     "SharpnessAware",

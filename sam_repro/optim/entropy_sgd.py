@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sam_repro.optim.combinations import ratio
 from sam_repro.optim.perturbations import inner, squared_norm
-from sam_repro.optim.two_pass import GradientStep
+from sam_repro.optim.two_pass import GradientStep, metrics_of
 
 
 class EntropySGD(GradientStep):
@@ -33,7 +33,7 @@ class EntropySGD(GradientStep):
     Metrics: "loss" is at w, "loss_robust" at the walk's last y; "grad_norm" is of grad f(w), "grad_norm_robust" of
     w - mu, "cosine" between grad f(w), the mean over all groups, and w - mu. rho is not used.
 
-    Args (besides GradientStep's objective, params, buffers, m, all_reduce, rank, world, stochastic):
+    Args (besides GradientStep's objective, params, buffers, m, chunk, all_reduce, rank, world, stochastic):
         steps: L.
         parts: see above; must divide the local batch, and m a part.
         lr: eta.
@@ -96,15 +96,12 @@ class EntropySGD(GradientStep):
             torch._foreach_add_(self.y, move, alpha=-self.lr)
             torch._foreach_lerp_(mu, self.y, 1 - self.average)
         torch._foreach_copy_(self.views, torch._foreach_sub(w, mu))
-        for p, view in zip(self.params, self.views, strict=True):
-            p.grad = view
         self.calls += 1
         assert first is not None
         norm = self.gradient.norm()
         cosine = ratio(inner(g, self.views), squared_norm(g).sqrt() * norm)
-        values = [first[0], metrics[0], metrics[0] - first[0], cosine, first[4], norm]
-        self.metrics.copy_(torch.stack(values))
-        return self.metrics
+        self.metrics.copy_(metrics_of(first[0], metrics[0], first[4].square(), norm.square(), cosine))
+        return self._publish()
 
     def strength(self) -> float:
         """gamma_t, at most 1 / eta."""

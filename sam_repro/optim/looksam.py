@@ -11,7 +11,7 @@ from sam_repro.optim.combinations import ratio
 from sam_repro.optim.two_pass import GradientStep
 
 
-class EveryK(GradientStep):
+class LookSAMStep(GradientStep):
     """LookSAM: the method's own step every k steps, and in between the clean gradient with a part of it reused.
 
         steps 0, k, 2k, ...:  descend d;  g_v = d - (<d, g> / ||g||^2) g

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.combinations import ratio
+from sam_repro.optim.memory import cut
 from sam_repro.optim.perturbations import Tensors, group_seed, inner, squared_norm
-from sam_repro.optim.two_pass import GradientStep
+from sam_repro.optim.two_pass import GradientStep, metrics_of
 
 
-class GlobalStep(GradientStep):
+class SyncedStep(GradientStep):
     """GradientStep whose perturbation and combination see the mean gradient of all groups of all ranks.
 
         g = mean grad f_i(w),  eps = perturb(w, g, rho),  g_p = mean grad f_i(w + eps),  d = combine(g, g_p)
@@ -31,8 +32,8 @@ class GlobalStep(GradientStep):
 
     def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
         """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
-        if self.before is not None:
-            self.before(*batch)
+        if self.pre_step is not None:
+            self.pre_step(*batch)
         loss, g = self._mean(self.params, batch, seed, keep=True)
         eps = self._perturbation(g, rho, group_seed(seed, 0))
         torch._foreach_add_(eps, self.params)
@@ -43,25 +44,27 @@ class GlobalStep(GradientStep):
             self.perturb.update_memory(g)  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
         self.flat.zero_()
         self._add_direction([g, g_p], list(self.combine(gg, ggp, gpgp, self.alpha)), 1.0)
-        cosine = ratio(ggp, (gg * gpgp).sqrt())
-        self.metrics.copy_(torch.stack([loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()]))
-        for p, view in zip(self.params, self.views, strict=True):
-            p.grad = view
-        return self.metrics
+        self.metrics.copy_(metrics_of(loss, loss_p, gg, gpgp, ratio(ggp, (gg * gpgp).sqrt())))
+        return self._publish()
 
     def _mean(self, params: Tensors, batch: tuple[Tensor, ...], seed: int, *, keep: bool) -> tuple[Tensor, Tensors]:
         """Mean loss and gradient at `params` over all groups of all ranks; `keep` what BatchNorm saw."""
+        totals, groups = self._with_memory(batch, lambda: self._local_mean(params, batch, seed))
+        if keep:
+            self._keep_buffers(totals, groups)
+        self._reduce()
+        return self.metrics[0].clone(), [view.clone() for view in self.views]
+
+    def _local_mean(self, params: Tensors, batch: tuple[Tensor, ...], seed: int) -> tuple[dict[str, Tensor], int]:
+        """This rank's part of `_mean` into the flat buffer; its running statistics, summed over so many groups."""
         groups, m = self.groups_of(batch)
         weight = 1 / (groups * self.world)
         self.flat.zero_()
-        after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
-        for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
+        totals = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
+        for i, group in enumerate(cut(batch, m)):
             buffers = {name: b.clone() for name, b in self.buffers.items()}
             loss, g = self._grad(params, buffers, group, group_seed(seed, self.rank * groups + i))
             torch._foreach_add_(self.views, g, alpha=weight)
             self.metrics[0] += weight * loss
-            self._each(torch._foreach_add_, after, buffers)
-        if keep:
-            self._keep_buffers(after, groups)
-        self._reduce()
-        return self.metrics[0].clone(), [view.clone() for view in self.views]
+            self._each(torch._foreach_add_, totals, buffers)
+        return totals, groups

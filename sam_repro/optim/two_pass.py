@@ -10,20 +10,27 @@ in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sam_repro.optim.combinations import COMBINATIONS, THREE_PASSES, Coefficient, ratio
+from sam_repro.optim.memory import cut, halving
 from sam_repro.optim.perturbations import Perturbation, Tensors, build_perturbation, group_seed, inner, squared_norm
 
 # Mean loss of some images: objective(params | buffers, *batch) -> 0-d tensor.
 Objective = Callable[..., Tensor]
 
-# What a step reports, in this order; means over all groups of all ranks.
 ALIGN = 4  # elements: every part of the flat buffer starts at 16 bytes or more, what a vectorised load wants
+# What a step reports, in this order; means over all groups of all ranks.
 METRICS = ("loss", "loss_robust", "surrogate_gap", "cosine", "grad_norm", "grad_norm_robust")
+T = TypeVar("T")
+
+
+def metrics_of(loss: Tensor, loss_p: Tensor, gg: Tensor, gpgp: Tensor, cosine: Tensor) -> Tensor:
+    """METRICS from f, f_p, ||g||^2, ||g_p||^2 and cos(g, g_p): (6,) from 0-d tensors."""
+    return torch.stack([loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()])
 
 
 class GradientStep:
@@ -37,9 +44,14 @@ class GradientStep:
     device, where each device perturbs and decomposes on its own (GSAM's official train.py; D-01). The result
     depends on the batch and on m, not on how many ranks or passes they were spread over.
 
+    No pass takes more than `chunk` images. Where that is less than a group, the group's gradient is accumulated over
+    micro-batches: g over all of them, then one perturbation, then g_p. A step for which memory lacks halves `chunk`
+    and starts anew, says so in a sentence, and so do all steps after it.
+
     Running statistics of BatchNorm see the clean pass only, and are the mean over groups of what each group alone
     would have left: the reference's average over devices. When `stochastic`, both passes draw the same dropout
-    masks, from a generator seeded by the caller's `seed` and the group's global number.
+    masks, from a generator seeded by the caller's `seed` and the group's global number; below a group also by the
+    micro-batch's number in it, so that dropout (and nothing else) depends on `chunk` there.
 
     What a perturbation remembers is fixed during a step and updated after the reduction with the mean of g over all
     groups, so that it too is the same for any number of ranks.
@@ -53,17 +65,19 @@ class GradientStep:
         combine: a name in COMBINATIONS or THREE_PASSES.
         alpha: the combination's weight.
         beta: CR-SAM's second weight.
-        decoupled: leave g in .grad, and d - g to `correct_`, which subtracts it from the weights without the base
-            optimizer: WSAM's default form.
-        before: called with the batch before every step; renews Eigen-SAM's eigenvector. Its state is the step's.
-        m: images a group; 0 takes the whole local batch.
+        decoupled: leave g in .grad, and d - g to `apply_decoupled_`, which subtracts it from the weights without the
+            base optimizer: WSAM's default form.
+        pre_step: called with the batch before every step; renews Eigen-SAM's eigenvector. Its state is the step's.
+        m: images per group; 0 takes the whole local batch.
+        chunk: images per pass at most; 0 sets no limit. With running statistics at least m.
         all_reduce: sums a flat tensor over the ranks in place; None for one rank.
         reduce_dtype: what the gradient is rounded to for the reduction; None is its own dtype.
         rank, world: this process among them.
         stochastic: whether the objective draws random numbers.
 
     Raises:
-        ValueError: for an unknown name, or (when called) if m does not divide the batch.
+        ValueError: for an unknown name; when called, if m does not divide the batch, or with running statistics if
+            `chunk` is less than m.
     """
 
     def __init__(
@@ -77,8 +91,9 @@ class GradientStep:
         alpha: float = 0.0,
         beta: float = 0.0,
         decoupled: bool = False,
-        before: Callable[..., None] | None = None,
+        pre_step: Callable[..., None] | None = None,
         m: int = 0,
+        chunk: int = 0,
         all_reduce: Callable[[Tensor], None] | None = None,
         reduce_dtype: torch.dtype | None = None,
         rank: int = 0,
@@ -96,7 +111,8 @@ class GradientStep:
         self.perturb: Perturbation | None = perturb  # pyright: ignore[reportAttributeAccessIssue]
         self.combine: Any = (COMBINATIONS | THREE_PASSES)[combine]
         self.three_passes = combine in THREE_PASSES
-        self.alpha, self.beta, self.decoupled, self.before, self.m = alpha, beta, decoupled, before, m
+        self.alpha, self.beta, self.decoupled, self.pre_step, self.m = alpha, beta, decoupled, pre_step, m
+        self.chunk = chunk
         self.all_reduce, self.reduce_dtype = all_reduce, reduce_dtype
         self.rank, self.world, self.stochastic = rank, world, stochastic
         self.robust = self.perturb is not None  # whether the next step has a robust pass
@@ -117,18 +133,48 @@ class GradientStep:
 
     def __call__(self, *batch: Tensor, rho: float = 0.0, seed: int = 0) -> Tensor:
         """Leave the gradient of `batch` in .grad; return the METRICS as one tensor on the device."""
-        groups, m = self.groups_of(batch)
-        if self.before is not None:
-            self.before(*batch)
-        self.flat.zero_()
-        after = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
-        for i, group in enumerate(zip(*(tensor.split(m) for tensor in batch), strict=True)):
-            buffers = {name: b.clone() for name, b in self.buffers.items()}
-            self._add_group(group, buffers, rho, group_seed(seed, self.rank * groups + i), 1 / (groups * self.world))
-            self._each(torch._foreach_add_, after, buffers)
-        self._keep_buffers(after, groups)
+        if self.pre_step is not None:
+            self.pre_step(*batch)
+        self._keep_buffers(*self._with_memory(batch, lambda: self._local(batch, rho, seed)))
         self._reduce()
         self._after_reduction()
+        return self._publish()
+
+    def _local(self, batch: tuple[Tensor, ...], rho: float, seed: int) -> tuple[dict[str, Tensor], int]:
+        """This rank's part of the step into the flat buffer; its running statistics, summed over so many groups."""
+        groups, m = self.groups_of(batch)
+        self.flat.zero_()
+        totals = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
+        for i, group in enumerate(cut(batch, m)):
+            buffers = {name: b.clone() for name, b in self.buffers.items()}
+            self._add_group(group, buffers, rho, group_seed(seed, self.rank * groups + i), 1 / (groups * self.world))
+            self._each(torch._foreach_add_, totals, buffers)
+        return totals, groups
+
+    def images_per_pass(self, groups: int, m: int) -> int:
+        """Images in a pass of a batch of so many groups of m images: those of a group, or fewer."""
+        if self.buffers and 0 < self.chunk < m:
+            raise ValueError(f"running statistics want all m={m} images of a group in one pass, not {self.chunk}")
+        return min(self.chunk or m, m)
+
+    def _with_memory(self, batch: tuple[Tensor, ...], work: Callable[[], T]) -> T:
+        """Work of this rank alone, with a smaller `chunk` where memory lacks."""
+        groups, m = self.groups_of(batch)
+        images = self.images_per_pass(groups, m)
+
+        def attempt(now: int) -> T:
+            if now < images:
+                self._forget()
+                self.chunk = now
+            return work()
+
+        return halving(attempt, images, least=m if self.buffers else 1, doing="a pass")[0]
+
+    def _forget(self) -> None:
+        """Before a smaller chunk: drop what is kept for the passes of the former one."""
+
+    def _publish(self) -> Tensor:
+        """The gradient in .grad; the METRICS."""
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
         return self.metrics
@@ -148,14 +194,14 @@ class GradientStep:
         return norm
 
     @torch.no_grad()
-    def correct_(self, lr: float) -> None:
+    def apply_decoupled_(self, lr: float) -> None:
         """After the base optimizer's step: w <- w - lr (d - g) where the method is decoupled, nothing elsewhere."""
         if self.decoupled:
             torch._foreach_add_(self.params, self.second_views, alpha=-lr)
 
     def report(self, seconds: float) -> dict[str, float]:
-        """What `before` says of its costs, as a share of `seconds`; nothing for most methods."""
-        return self.before.report(seconds) if hasattr(self.before, "report") else {}  # pyright: ignore
+        """What `pre_step` says of its costs, as a share of `seconds`; nothing for most methods."""
+        return self.pre_step.report(seconds) if hasattr(self.pre_step, "report") else {}  # pyright: ignore
 
     def state_dict(self) -> dict[str, Any]:
         """What the method remembers between steps; empty for most."""
@@ -167,7 +213,7 @@ class GradientStep:
             part.load_state_dict(state[name])
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {"perturb": self.perturb, "before": self.before}
+        parts = {"perturb": self.perturb, "before": self.pre_step}  # as checkpoints call them
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def _keep_buffers(self, totals: dict[str, Tensor], groups: int) -> None:
@@ -215,15 +261,14 @@ class GradientStep:
             torch._foreach_add_(self.second_views, g, alpha=weight)
         if not self.robust:
             torch._foreach_add_(self.views, g, alpha=weight)
-            zero = torch.zeros_like(loss)
-            self.metrics.add_(torch.stack([loss, loss, zero, zero + 1, gg.sqrt(), gg.sqrt()]), alpha=weight)
+            self.metrics.add_(metrics_of(loss, loss, gg, gg, torch.ones_like(gg)), alpha=weight)
             return
 
-        adversary = self._perturbation(g, rho, seed)
-        mirror = torch._foreach_sub(self.params, adversary) if self.three_passes else None
-        torch._foreach_add_(adversary, self.params)
-        loss_p, g_p = self._throwaway_grad(adversary, buffers, batch, seed)
-        del adversary
+        perturbed = self._perturbation(g, rho, seed)
+        mirror = torch._foreach_sub(self.params, perturbed) if self.three_passes else None
+        torch._foreach_add_(perturbed, self.params)
+        loss_p, g_p = self._throwaway_grad(perturbed, buffers, batch, seed)
+        del perturbed
         ggp, gpgp = inner(g, g_p), squared_norm(g_p)
         if mirror is None:
             gradients, coefficients = [g, g_p], self.combine(gg, ggp, gpgp, self.alpha)
@@ -231,9 +276,7 @@ class GradientStep:
             _, g_m = self._throwaway_grad(list(mirror), buffers, batch, seed)
             gradients, coefficients = [g, g_p, g_m], self.combine(self.alpha, self.beta)
         self._add_direction(gradients, list(coefficients), weight)
-        cosine = ratio(ggp, (gg * gpgp).sqrt())
-        report = [loss, loss_p, loss_p - loss, cosine, gg.sqrt(), gpgp.sqrt()]
-        self.metrics.add_(torch.stack(report), alpha=weight)
+        self.metrics.add_(metrics_of(loss, loss_p, gg, gpgp, ratio(ggp, (gg * gpgp).sqrt())), alpha=weight)
 
     def _perturbation(self, g: Tensors, rho: float, seed: int) -> Tensors:
         """eps of one group: new tensors."""
@@ -263,7 +306,21 @@ class GradientStep:
         return self._grad(params, {name: b.clone() for name, b in buffers.items()}, batch, seed)
 
     def _grad(self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int) -> tuple[Tensor, Tensors]:
-        """Loss and gradient at `params`; zeros for parameters that the loss does not reach."""
+        """Mean loss and gradient at `params` of one group, accumulated over micro-batches if it exceeds a chunk."""
+        size = len(batch[0])
+        parts = cut(batch, min(self.chunk or size, size))
+        if len(parts) == 1:
+            return self._pass(params, buffers, batch, seed)
+        mean, total = self.flat.new_zeros(()), [torch.zeros_like(p) for p in self.params]
+        for i, part in enumerate(parts):
+            loss, g = self._pass(params, buffers, part, group_seed(seed, i))
+            share = len(part[0]) / size
+            mean += share * loss
+            torch._foreach_add_(total, g, alpha=share)
+        return mean, total
+
+    def _pass(self, params: Tensors, buffers: dict[str, Tensor], batch: tuple, seed: int) -> tuple[Tensor, Tensors]:
+        """Mean loss and gradient at `params`; zeros for parameters that the loss does not reach."""
         if self.stochastic:
             torch.manual_seed(seed)
         leaves = [p.detach().requires_grad_() for p in params]

@@ -108,8 +108,8 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             model = model.to(memory_format=torch.channels_last)  # the layout that tensor cores convolve in
         started = [start_from(model, cfg.init)] if cfg.init else []
         step = gradient_step(cfg, model, ranks, local_batch=local_batch, steps_per_epoch=steps_per_epoch, bf16=bf16)
-        if isinstance(step.before, PowerIteration) and cfg.optim.eigen_images == "fixed":
-            step.before.fix(*(t.clone() for t in next(iter(train_loader.epoch(0, 0)))))
+        if isinstance(step.pre_step, PowerIteration) and cfg.optim.eigen_images == "fixed":
+            step.pre_step.fix(*(t.clone() for t in next(iter(train_loader.epoch(0, 0)))))
         monitor = Monitor(cfg, model, step, ranks) if cfg.sharpness.images else None
         try:
             base = build_base(
@@ -219,7 +219,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, born: float | None 
             if cfg.recipe.clip:
                 step.clip_(cfg.recipe.clip)
             base.step()
-            step.correct_(lr)
+            step.apply_decoupled_(lr)
             done, counted = done + 1, counted + 1
             log.step()
             if done == resumed_at + 1:

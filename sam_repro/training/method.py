@@ -19,10 +19,10 @@ from sam_repro.optim import (
     COMBINATIONS,
     Eigen,
     EntropySGD,
-    EveryK,
-    GlobalStep,
     GradientStep,
+    LookSAMStep,
     PowerIteration,
+    SyncedStep,
     build_perturbation,
 )
 
@@ -72,7 +72,7 @@ def gradient_step(
             renormalise=o.renormalise, faithful=o.faithful_release,
         )  # fmt: skip
         if isinstance(perturbation, Eigen):
-            method["before"] = PowerIteration(
+            method["pre_step"] = PowerIteration(
                 perturbation, objective_of(cfg, model, ranks.device, bf16=False), params, buffers=buffers,
                 around=partial(in_mode, model, training=o.eigen_mode == "train"),
                 compiled=compiled and o.eigen_mode == "eval", tf32=o.eigen_tf32,
@@ -86,14 +86,15 @@ def gradient_step(
         products = torch.bfloat16 if bf16 else torch.float32
         batchable = accept_groups(model, (PatchLinear,)) is not None
         groups = group_strategy(cfg, params, products, count=local_batch // m, batchable=batchable)
-        return FusedStep(objective, params, groups=groups, products=products, compile=compiled, **method)
+        chunk = local_batch if groups == "batched" else m
+        return FusedStep(objective, params, chunk=chunk, products=products, compile=compiled, **method)
     if compiled:
         objective = torch.compile(objective, dynamic=False)
     method |= {"beta": o.beta, "decoupled": o.decoupled, "stochastic": stochastic}
     if o.scope == "global" and o.perturb != "none":
-        return GlobalStep(objective, params, **method)
+        return SyncedStep(objective, params, **method)
     if o.every > 1:
-        return EveryK(objective, params, every=o.every, reuse=o.reuse, **method)
+        return LookSAMStep(objective, params, every=o.every, reuse=o.reuse, **method)
     return GradientStep(objective, params, **method)
 
 

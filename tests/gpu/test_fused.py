@@ -61,7 +61,7 @@ def engine(cfg, model, device: str, *, bf16: bool):
     where = torch.device("cuda")
     ranks = Ranks(0, 1, 0, 1, where)
     step = gradient_step(cfg, model, ranks, local_batch=BATCH, bf16=bf16)
-    step.before = None  # an eigenvector of our own: its estimate is tested elsewhere
+    step.pre_step = None  # an eigenvector of our own: its estimate is tested elsewhere
     if hasattr(step.perturb, "v"):
         generator = torch.Generator("cuda").manual_seed(5)
         v = [torch.randn(p.shape, generator=generator, device="cuda") for p in step.params]

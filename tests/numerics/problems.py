@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -66,3 +70,38 @@ def data(n: int = 16) -> tuple[Tensor, Tensor]:
 
 
 DATA = data()
+
+
+class Peers:
+    """all_reduce among threads, one per rank: the sum is taken in the same order everywhere."""
+
+    def __init__(self, world: int):
+        self.world, self.barrier, self.parts = world, threading.Barrier(world), [None] * world
+
+    def of(self, rank: int) -> Callable[[Tensor], None]:
+        def all_reduce(flat: Tensor) -> None:
+            self.parts[rank] = flat.clone()
+            self.barrier.wait()
+            flat.copy_(torch.stack(self.parts).sum(0))
+            self.barrier.wait()
+
+        return all_reduce
+
+    def run(self, work: Callable[[int, Callable[[Tensor], None]], Any]) -> list[Any]:
+        """work(rank, all_reduce) of all ranks at the same time."""
+        found: list[Any] = [None] * self.world
+
+        def one(rank: int) -> None:
+            try:
+                found[rank] = work(rank, self.of(rank))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert None not in found
+        return found

@@ -137,7 +137,7 @@ def test_attention_bf16_passes_and_compiled_passes(compiled):
     before = PowerIteration(eigen, exact, params, every=1, iterations=3)
     precision = torch.get_float32_matmul_precision()
     objective = torch.compile(objective, dynamic=False, backend="aot_eager") if compiled else objective
-    step = GradientStep(objective, params, perturb=eigen, before=before, combine="ascent", alpha=0.2)
+    step = GradientStep(objective, params, perturb=eigen, pre_step=before, combine="ascent", alpha=0.2)
     with torch.autocast("cpu", torch.bfloat16):  # a caller's autocast does not reach the products
         for _ in range(3):
             metrics = step(x, y, rho=0.1)
@@ -149,7 +149,9 @@ def test_half_precision_parameters_get_products_in_float32():
     eigen = Eigen()
     p = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
     h = torch.tensor([[1.0, 10.0]])
-    step = GradientStep(quadratic, {"w": p}, perturb=eigen, before=PowerIteration(eigen, quadratic, {"w": p}, every=1))
+    step = GradientStep(
+        quadratic, {"w": p}, perturb=eigen, pre_step=PowerIteration(eigen, quadratic, {"w": p}, every=1)
+    )
     for _ in range(2):
         step(h.bfloat16(), rho=0.1)
     assert eigen.v[0].dtype == torch.float32 and p.grad.dtype == torch.bfloat16

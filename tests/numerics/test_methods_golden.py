@@ -13,7 +13,7 @@ from problems import G_P, G, H, W, close, fresh, gradient_of, quadratic, vector
 from torch import Tensor
 from torch.testing import assert_close
 
-from sam_repro.optim import EveryK, GradientStep, rho_at
+from sam_repro.optim import GradientStep, LookSAMStep, rho_at
 from sam_repro.optim.perturbations import Eigen, adaptive_official, asam
 
 COMBINED = {
@@ -35,13 +35,13 @@ def test_q1_wsam_decoupled():
     step(H, rho=0.1)
     assert torch.equal(p.grad, G)
     torch.optim.SGD([p], lr=0.01).step()
-    step.correct_(0.01)
+    step.apply_decoupled_(0.01)
     close(p.detach(), vector(0.9891044665, 0.8104466529))
 
 
 def test_q1_looksam():
     p = W.clone().requires_grad_()
-    step = EveryK(quadratic, {"w": p}, perturb="sam", every=2, reuse=0.7)
+    step = LookSAMStep(quadratic, {"w": p}, perturb="sam", every=2, reuse=0.7)
     step(H, rho=0.1)
     close(p.grad, G_P)
     close(step.g_v[:2], vector(-0.0886666803, 0.0088666680))  # then what aligns it

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import DETERMINISTIC, G_P, SHARDS, G, H, W, close, fresh, gradient_of, quadratic, vector
 from torch.testing import assert_close
 
-from sam_repro.optim import COMBINATIONS, PERTURBATIONS, EntropySGD, EveryK, GradientStep
+from sam_repro.optim import COMBINATIONS, PERTURBATIONS, EntropySGD, GradientStep, LookSAMStep
 from sam_repro.optim.perturbations import Eigen, Friendly, Vasso, asam, build_perturbation, fisher
 
 # ---- invariances -----------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_random_directions_belong_to_groups_and_not_to_calls():
 
 def test_every_k_without_reuse_is_the_base_optimizer_in_between():
     p = W.clone().requires_grad_()
-    step = EveryK(quadratic, {"w": p}, perturb="sam", every=3, reuse=0.0)
+    step = LookSAMStep(quadratic, {"w": p}, perturb="sam", every=3, reuse=0.0)
     seen = []
     for _ in range(4):
         step(H, rho=0.1)
@@ -159,7 +159,7 @@ def test_steps_survive_flat_places_unused_parameters_and_single_numbers(name, co
     for seed in range(2):
         metrics = step(torch.rand(3, n, dtype=torch.float64), rho=0.1, seed=seed)
         step.clip_(1.0)
-        step.correct_(0.1)
+        step.apply_decoupled_(0.1)
         assert torch.isfinite(metrics).all() and all(torch.isfinite(p.grad).all() for p in params.values())
     assert params["unused"].grad.item() == 0 and all(torch.isfinite(p).all() for p in params.values())
 
@@ -189,8 +189,8 @@ def test_ascent_never_turns_against_the_robust_gradient(rho, alpha, n):
         (lambda: gradient_of(W, H, perturb="sideways"), "unknown perturbation 'sideways'"),
         (lambda: gradient_of(W, H, combine="sideways"), "unknown combination 'sideways'.*cr"),
         (lambda: Eigen(renormalise="half"), "unknown renormalisation 'half'"),
-        (lambda: EveryK(quadratic, {"w": W}, perturb="sam", every=0), "every 0 steps; at least 1"),
-        (lambda: EveryK(quadratic, {"w": W}, perturb="sam", decoupled=True), "decoupled method cannot be reused"),
+        (lambda: LookSAMStep(quadratic, {"w": W}, perturb="sam", every=0), "every 0 steps; at least 1"),
+        (lambda: LookSAMStep(quadratic, {"w": W}, perturb="sam", decoupled=True), "decoupled method cannot be reused"),
         (lambda: EntropySGD(quadratic, {"w": W}, steps=0), "both at least 1"),
         (lambda: EntropySGD(quadratic, {"w": W}, parts=3)(torch.ones(4, 2)), "3 parts do not divide"),
     ],

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import DATA, network, quadratic, vector
+from problems import DATA, Peers, network, quadratic, vector
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -17,11 +16,11 @@ from sam_repro.optim import (
     COMBINATIONS,
     PERTURBATIONS,
     EntropySGD,
-    EveryK,
-    GlobalStep,
     GradientStep,
+    LookSAMStep,
     PowerIteration,
     SharpnessAware,
+    SyncedStep,
     build_base,
     build_perturbation,
 )
@@ -54,12 +53,14 @@ def build(method: str, model: nn.Module, **ranks) -> GradientStep:
         )
     if method == "eigen":
         options["perturb"] = perturb = build_perturbation("eigen")
-        options["before"] = PowerIteration(perturb, in_eval_mode, params, buffers=buffers, every=2, m=4, **peers)
+        options["pre_step"] = PowerIteration(perturb, in_eval_mode, params, buffers=buffers, every=2, m=4, **peers)
     if method.endswith("looksam"):
         perturb = "friendly" if "friendly" in method else "sam"
-        return EveryK(objective, params, perturb=perturb, combine="ascent", alpha=0.3, every=3, reuse=0.7, **options)
+        return LookSAMStep(
+            objective, params, perturb=perturb, combine="ascent", alpha=0.3, every=3, reuse=0.7, **options
+        )
     if method.startswith("global_"):
-        return GlobalStep(objective, params, perturb=method[7:], combine="ascent", alpha=0.3, **options)
+        return SyncedStep(objective, params, perturb=method[7:], combine="ascent", alpha=0.3, **options)
     return GradientStep(objective, params, **({"perturb": method} | options))
 
 
@@ -82,7 +83,7 @@ def train(method: str, model: nn.Module, *, steps: int, interrupt: int | None = 
             step.load_state_dict(state["method"])
         step(x.roll(t, 0)[share], y.roll(t, 0)[share], rho=0.1, seed=t)
         base.step()
-        step.correct_(0.01)
+        step.apply_decoupled_(0.01)
     return [p.detach() for p in model.parameters()]
 
 
@@ -94,44 +95,19 @@ def test_q14_resuming_is_bitwise(method):
             assert torch.equal(ours, theirs)
 
 
-class Peers:
-    """all_reduce among threads, one a rank: the sum is taken in the same order everywhere."""
-
-    def __init__(self, world: int):
-        self.barrier, self.parts = threading.Barrier(world), [None] * world
-
-    def of(self, rank: int):
-        def all_reduce(flat: Tensor) -> None:
-            self.parts[rank] = flat.clone()
-            self.barrier.wait()
-            flat.copy_(torch.stack(self.parts).sum(0))
-            self.barrier.wait()
-
-        return all_reduce
-
-
 # Threads share the default generator, where dropout would race.
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_are_one(method):
-    peers, found, models = Peers(2), {}, [network(dropout=0.0) for _ in range(2)]
+    models = [network(dropout=0.0) for _ in range(2)]
 
-    def work(rank: int) -> None:
-        ranks = {"all_reduce": peers.of(rank), "rank": rank, "world": 2, "stochastic": False}
-        try:
-            found[rank] = train(method, models[rank], steps=5, **ranks)
-        except BaseException:
-            peers.barrier.abort()
-            raise
+    def work(rank: int, all_reduce) -> list[Tensor]:
+        ranks = {"all_reduce": all_reduce, "rank": rank, "world": 2, "stochastic": False}
+        return train(method, models[rank], steps=5, **ranks)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     # The switch that products with the Hessian turn is the process's: two threads would leave it as either found it.
     with sdpa_kernel(SDPBackend.MATH):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = Peers(2).run(work)
     alone = train(method, network(dropout=0.0), steps=5, stochastic=False)
-    assert len(found) == 2
     for one, other, both in zip(found[0], found[1], alone, strict=True):
         assert torch.equal(one, other)
         assert_close(one, both, rtol=1e-9, atol=1e-12)
@@ -142,7 +118,7 @@ def test_two_ranks_are_one(method):
 def test_one_perturbation_for_all_groups_is_one_group_of_the_whole_batch(name, combine):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     found = []
-    for kind, m in ((GlobalStep, 4), (GradientStep, 0)):
+    for kind, m in ((SyncedStep, 4), (GradientStep, 0)):
 
         def objective(tensors, x, y):
             return F.cross_entropy(torch.func.functional_call(model, tensors, (x,)), y)

@@ -64,9 +64,9 @@ def pooling() -> None:
 def step() -> None:
     """One step's passes: three groups, tensors of odd sizes, an eigenvector beside the gradient."""
     shapes, groups = [(5, 7), (4096 * 2 + 3,), (1,)], 3
-    table = passes.Table([math.prod(shape) for shape in shapes], torch.device("cpu"))
+    table = passes.PointerTable([math.prod(shape) for shape in shapes], torch.device("cpu"))
     w, v = ([torch.randn(shape) for shape in shapes] for _ in range(2))
-    g, g_p, adversary = ([torch.randn(groups, *shape) for shape in shapes] for _ in range(3))
+    g, g_p, perturbed = ([torch.randn(groups, *shape) for shape in shapes] for _ in range(3))
     flat_g, flat_p = (torch.cat([x.reshape(groups, -1) for x in xs], 1) for xs in (g, g_p))
     flat_w, flat_v = (torch.cat([x.reshape(-1) for x in xs]) for xs in (w, v))
     a, b = torch.randn(2, groups)
@@ -78,8 +78,8 @@ def step() -> None:
     cross, square = passes.inner(table, g, v, groups, shared=True)
     near(cross, flat_g @ flat_v)
     near(square, (flat_v @ flat_v).expand(groups))
-    passes.perturb(table, w, g, adversary, a, v=v, b=b)
-    near(torch.cat([x.reshape(groups, -1) for x in adversary], 1), flat_w + a[:, None] * flat_g + b[:, None] * flat_v)
+    passes.perturb(table, w, g, perturbed, a, v=v, b=b)
+    near(torch.cat([x.reshape(groups, -1) for x in perturbed], 1), flat_w + a[:, None] * flat_g + b[:, None] * flat_v)
     out = [x.clone() for x in w]
     passes.combine(table, g, g_p, out, a=a, b=b, add=True)
     near(torch.cat([x.reshape(-1) for x in out]), flat_w + a @ flat_g + b @ flat_p)

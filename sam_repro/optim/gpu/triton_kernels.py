@@ -15,10 +15,10 @@ from torch import Tensor
 BLOCK = 4096
 
 
-SLOTS = 64  # pointer lists kept; a captured step needs about ten
+ROWS = 256  # pointer lists kept; a captured step needs about ten per shape of its chunks
 
 
-class Table:
+class PointerTable:
     """Which block of which tensor each program of a launch works on, and the tensors' addresses.
 
     Args:
@@ -33,7 +33,7 @@ class Table:
         self.start = torch.tensor([s for _, s in blocks], dtype=torch.int64, device=device)
         self.sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
         self.blocks = len(blocks)
-        self.rows = torch.zeros(SLOTS, len(sizes), dtype=torch.int64, device=device)
+        self.rows = torch.zeros(ROWS, len(sizes), dtype=torch.int64, device=device)
         self.known: dict[tuple[int, ...], int] = {}
         self.pending: list[tuple[int, ...]] = []
         self.captured = False  # whether a graph reads the rows
@@ -47,8 +47,8 @@ class Table:
         key = tuple(t.data_ptr() for t in tensors)
         if key not in self.known:
             assert not self.aligned or all(p % 16 == 0 for p in key), "gradients must start at 16-byte addresses"
-            if len(self.known) == SLOTS:
-                assert not self.captured, "more pointer lists than slots, and a graph reads them"
+            if len(self.known) == ROWS:
+                assert not self.captured, "more pointer lists than rows, and a graph reads them"
                 self.known.clear()
             self.known[key] = len(self.known)
             self.pending.append(key)
@@ -57,6 +57,12 @@ class Table:
         else:
             self.flush()
         return self.rows[self.known[key]]
+
+    def forget(self) -> None:
+        """Keep no address: the graphs that read them are gone."""
+        self.known.clear()
+        self.pending.clear()
+        self.captured = False
 
     def flush(self) -> None:
         """Copy the addresses noted since the last time to the device."""
@@ -98,7 +104,7 @@ def _squares(g, tensor, start, sizes, out, groups, G_T: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _perturb(
-    w, g, v, adversary, tensor, start, sizes, a, b,
+    w, g, v, perturbed, tensor, start, sizes, a, b,
     GROUPS: tl.constexpr, G_T: tl.constexpr, A_T: tl.constexpr, ADD: tl.constexpr, V: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +119,7 @@ def _perturb(
             y += tl.load(a + group) * gradient
         if V:
             y += tl.load(b + group) * direction
-        tl.store(_address(adversary, t, A_T, ALIGNED) + group * size + offsets, y.to(A_T), mask)
+        tl.store(_address(perturbed, t, A_T, ALIGNED) + group * size + offsets, y.to(A_T), mask)
 
 
 @triton.jit
@@ -153,7 +159,7 @@ def _combine(
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
-def squares(table: Table, g: list[Tensor], groups: int) -> Tensor:
+def squares(table: PointerTable, g: list[Tensor], groups: int) -> Tensor:
     """||g||^2 of each group: (groups,). Reads g once; the order of summation is fixed."""
     out = table.sizes.new_empty(table.blocks, groups, dtype=torch.float32)
     _squares[(table.blocks, groups)](
@@ -164,27 +170,27 @@ def squares(table: Table, g: list[Tensor], groups: int) -> Tensor:
 
 
 def perturb(
-    table: Table,
+    table: PointerTable,
     w: list[Tensor],
     g: list[Tensor] | None,
-    adversary: list[Tensor],
+    perturbed: list[Tensor],
     a: Tensor | None,
     *,
     v: list[Tensor] | None = None,
     b: Tensor | None = None,
 ) -> None:
-    """adversary = w + a_group g + b_group v, rounded once to the adversary's dtype; without g, w is cast."""
-    source = adversary if g is None else g
+    """perturbed = w + a_group g + b_group v, rounded once to the perturbed's dtype; without g, w is cast."""
+    source = perturbed if g is None else g
     _perturb[(table.blocks,)](
-        table.of(w), table.of(source), table.of(w if v is None else v), table.of(adversary),
+        table.of(w), table.of(source), table.of(w if v is None else v), table.of(perturbed),
         table.tensor, table.start, table.sizes, table.start if a is None else a, table.start if b is None else b,
-        GROUPS=1 if a is None else len(a), G_T=TYPES[source[0].dtype], A_T=TYPES[adversary[0].dtype],
+        GROUPS=1 if a is None else len(a), G_T=TYPES[source[0].dtype], A_T=TYPES[perturbed[0].dtype],
         ADD=g is not None, V=v is not None, BLOCK=BLOCK, ALIGNED=table.aligned,
     )  # fmt: skip
 
 
 def inner(
-    table: Table, g: list[Tensor], g_p: list[Tensor], groups: int, *, shared: bool = False
+    table: PointerTable, g: list[Tensor], g_p: list[Tensor], groups: int, *, shared: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(<g, g_p>, ||g_p||^2) of each group; with `shared`, g_p has no groups. Reads both once."""
     out = table.sizes.new_empty(2, table.blocks, groups, dtype=torch.float32)
@@ -197,7 +203,7 @@ def inner(
 
 
 def combine(
-    table: Table,
+    table: PointerTable,
     g: list[Tensor] | None,
     g_p: list[Tensor] | None,
     out: list[Tensor],
