@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
+from io import TextIOWrapper
 
 from sam_repro import __version__
 from sam_repro.config.compose import nearest
@@ -36,6 +37,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """The console script; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0

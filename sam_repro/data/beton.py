@@ -11,18 +11,18 @@ damaged, so everything is checked here before FFCV sees it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import socket
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import psutil
 
 from sam_repro.errors import UserError
+from sam_repro.records.files import sha256, write_atomic
 
 VERSION = 2
 PAGE = 1 << 23  # bytes: FFCV's default, and so the largest image
@@ -123,7 +123,7 @@ class BetonFile:
             sizes=size,
             raw=raw,
             checked=np.zeros(samples, np.bool_),
-            table_sha256=hashlib.sha256(head + raw_metadata + raw_table).hexdigest(),
+            table_sha256=sha256(head + raw_metadata + raw_table),
         )
 
 
@@ -205,24 +205,22 @@ def write_beton(path: str | Path, samples: Iterable[Sample], *, capacity: int) -
     Raises:
         UserError: when the disk is full or a sample does not fit the format.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    count = 0
+
+    def fill(file: BinaryIO) -> None:
+        nonlocal count
+        count = _write(file, samples, capacity)
+
     try:
-        with open(temporary, "w+b") as file:
-            count = _write(file, samples, capacity)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return count
+        write_atomic(path, fill)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: {path} was not written") from None
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    return count
 
 
-def _write(file, samples: Iterable[Sample], capacity: int) -> int:
+def _write(file: BinaryIO, samples: Iterable[Sample], capacity: int) -> int:
     metadata = np.zeros(capacity, SAMPLE)
     allocations = np.zeros(capacity, ALLOCATION)
     position = -(-(METADATA_AT + metadata.nbytes) // PAGE) * PAGE
@@ -254,15 +252,6 @@ def _write(file, samples: Iterable[Sample], capacity: int) -> int:
     file.write(fields.tobytes())
     file.write(metadata[:count].tobytes())
     return count
-
-
-def remove_leftovers(path: str | Path) -> None:
-    """Delete what writers of `path` that were killed on this machine left behind."""
-    path = Path(path)
-    for partial in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.partial"):
-        pid = int(partial.name.split(".")[-2])
-        if not Path(f"/proc/{pid}").exists():
-            partial.unlink(missing_ok=True)
 
 
 def fits_page_cache(path: str | Path) -> bool:

@@ -1,25 +1,24 @@
 """Where samples come from: .beton files, class folders, scikit-learn's digits, generated images.
 
-A source has `labels` (int64, one a sample), `classes` (names in order), `manifest` (16 hexadecimal digits that name
+A source has `labels` (int64, one per sample), `classes` (names in order), `manifest` (16 hexadecimal digits that name
 the content) and two methods for any thread: `read(index)` returns one decoded image, uint8 [H, W, 3], and
 `encoded(index)` the bytes of its JPEG.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from sam_repro.config.schema import DataConfig
 from sam_repro.data.beton import BetonFile, write_beton
+from sam_repro.data.folders import classes_in, images_by_class
+from sam_repro.data.images.decode import Buffer, decode
 from sam_repro.data.loaders.batch_order import holdout
 from sam_repro.data.manifest import (
     TOOL,
@@ -31,14 +30,12 @@ from sam_repro.data.manifest import (
     write_manifest,
 )
 from sam_repro.errors import UserError
+from sam_repro.records.files import sha256
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 JPEG_START = b"\xff\xd8"
-Buffer = bytes | bytearray | memoryview
 DIGITS_ROOT = "data/digits"
 DIGITS_SIDE = 32  # pixels
 SYNTHETIC_COUNTS = {"train": 256, "val": 64}
-_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION  # TensorFlow and FFCV ignore EXIF orientation
 
 
 class Source(Protocol):
@@ -49,7 +46,7 @@ class Source(Protocol):
     manifest: str
 
     @property
-    def files(self) -> list[str]:
+    def files(self) -> Sequence[str]:
         """The name of each sample's file. Raises UserError where they are not known."""
         ...
 
@@ -64,17 +61,6 @@ class Source(Protocol):
     def close(self) -> None:
         """Release the files."""
         ...
-
-
-def decode(data: Buffer, name: str) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of an encoded image. OpenCV where it can, else Pillow; UserError names what neither reads."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE) if len(data) else None
-    if image is not None:
-        return image
-    try:
-        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception as error:  # Pillow raises many types for damaged files
-        raise UserError(f"cannot decode {name}: {error}") from None
 
 
 class BetonSource:
@@ -118,43 +104,33 @@ class BetonSource:
 
 
 class FolderSource:
-    """One folder a class, with image files at any depth; classes and files in sorted order, as torchvision does."""
+    """One folder per class, with image files at any depth; classes and files in sorted order, as torchvision does."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(f"there is no folder {root}")
         self.root = root
-        self.classes = classes_in(root)
-        if not self.classes:
-            raise UserError(f"{root} has no class folders")
-        self.files: list[str] = []
-        labels = []
-        for label, name in enumerate(self.classes):
-            files = sorted(
-                os.path.relpath(os.path.join(folder, file), root)
-                for folder, _, names in os.walk(root / name, followlinks=True)
-                for file in names
-                if file.lower().endswith(SUFFIXES)
-            )
-            if not files:
-                raise UserError(f"the class folder {root / name} has no images")
-            self.files += files
-            labels += [label] * len(files)
-        self.labels = np.array(labels, np.int64)
-        self.manifest = _digest(self.files)
+        self.classes, self.files, self.labels, self.manifest = images_by_class(root)
 
     def read(self, index: int) -> np.ndarray:
         """Decode one file."""
-        path = self.root / self.files[index]
-        return decode(path.read_bytes(), str(path))
+        return decode(self._content(index), f"{self.root}/{self.files[index]}")
 
     def encoded(self, index: int) -> Buffer | None:
         """The content of one file."""
-        data = bytearray((self.root / self.files[index]).read_bytes())
+        data = self._content(index)
         return data if data[:2] == JPEG_START else None
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _content(self, index: int) -> bytearray:
+        path = f"{self.root}/{self.files[index]}"
+        try:
+            with open(path, "rb") as file:
+                return bytearray(file.read())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 class ArraySource:
@@ -177,7 +153,7 @@ class ArraySource:
 
 
 def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return sha256(json.dumps(content).encode())[:16]
 
 
 def root_of(data: DataConfig) -> Path:
@@ -288,8 +264,3 @@ def class_names(root: Path, split: str) -> list[str] | None:
     if beton.exists():
         return read_manifest(beton)["classes"]
     return classes_in(root / split) if (root / split).is_dir() else None
-
-
-def classes_in(folder: Path) -> list[str]:
-    """The names of class folders, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

@@ -24,6 +24,7 @@ import numpy as np
 from sam_repro.config.compose import nearest
 from sam_repro.config.schema import DataConfig
 from sam_repro.data.datasets import FolderSource, Source, ensure, find_source, root_of
+from sam_repro.data.folders import classes_in, has_image
 from sam_repro.errors import UserError
 
 V2_FOLDERS = {
@@ -85,9 +86,29 @@ def parts(name: str) -> list[str]:
 
 
 def require(data: DataConfig, names: list[str]) -> list[str]:
-    """Open the first part of every set, so that what is missing is known before anything takes time; the names."""
+    """Look for every part of every set, so that what is missing is known before anything takes time.
+
+    Of c's 75 parts the first is opened; of the others only the class folders are looked into, each for one image.
+
+    Returns:
+        the names.
+
+    Raises:
+        UserError: a part is missing, lacks a class, or is not what its name says.
+    """
     for name in names:
-        open_set(data, parts(name)[0]).source.close()
+        first, *others = parts(name)
+        opened = open_set(data, first)
+        opened.source.close()
+        for part in others:
+            root = _root_of_c(data, part)
+            if not root.is_dir():
+                raise UserError(f"there is no folder {root}, one of the {len(others) + 1} parts of ImageNet-C")
+            classes = classes_in(root)
+            if differ := sorted(set(classes) ^ set(opened.source.classes)):
+                raise UserError(f"{root} has other class folders than {first}: {differ[0]} is in one only")
+            if empty := next((c for c in classes if not has_image(root / c)), None):
+                raise UserError(f"the class folder {root / empty} has no images")
     return names
 
 
@@ -113,7 +134,7 @@ def open_set(data: DataConfig, part: str) -> EvalSet:
             source.close()
             raise
         return _opened(part, source, answers, data)
-    root = Path(data.eval_root).expanduser() if data.eval_root else root_of(data)
+    root = _eval_root(data)
     if part in V2_FOLDERS:
         source = FolderSource(root / V2_FOLDERS[part])
         if sorted(source.classes) != sorted(str(i) for i in range(IMAGENET_CLASSES)):
@@ -125,8 +146,11 @@ def open_set(data: DataConfig, part: str) -> EvalSet:
         answers = _by_synset(source)
         if not np.isin(answers, columns).all():
             raise UserError(f"{source.root} has class folders that are not ImageNet-R's")
+        if lacking := sorted(set(columns) - set(answers.ravel())):
+            lacks = f"{len(lacking)} of ImageNet-R's {len(columns)} classes, such as {synsets()[lacking[0]]}"
+            raise UserError(f"{source.root} lacks {lacks}: was it unpacked completely?")
         return _opened(part, source, answers, data, columns)
-    source = FolderSource(root / "imagenet-c" / part.removeprefix("c/"))
+    source = FolderSource(_root_of_c(data, part))
     # The published files are 224 px crops: whoever resizes them again measures something else.
     return _opened(part, source, _by_synset(source), replace(data, eval_resize=data.image_size))
 
@@ -162,6 +186,15 @@ def _opened(
 ) -> EvalSet:
     source.labels = np.arange(len(answers))
     return EvalSet(name, source, np.flatnonzero((answers >= 0).any(1)), answers, columns, data)
+
+
+def _eval_root(data: DataConfig) -> Path:
+    return Path(data.eval_root).expanduser() if data.eval_root else root_of(data)
+
+
+def _root_of_c(data: DataConfig, part: str) -> Path:
+    """eval_root/imagenet-c/<corruption>/<severity> of a part c/<corruption>/<severity>."""
+    return _eval_root(data) / "imagenet-c" / part.removeprefix("c/")
 
 
 def _by_synset(source: Source) -> np.ndarray:

@@ -2,16 +2,15 @@
 
 import errno
 import gc
+import json
 import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 
-from sam_repro.data.beton import ALLOCATION, METADATA_AT, PAGE, SAMPLE, BetonFile, remove_leftovers, write_beton
-from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, write_manifest
+from sam_repro.data.beton import ALLOCATION, METADATA_AT, PAGE, SAMPLE, BetonFile, write_beton
+from sam_repro.data.manifest import check_manifest, manifest_hash, manifest_path, read_manifest, write_manifest
 from sam_repro.errors import UserError
 
 SIZES = [(48, 64), (64, 48), (33, 57), (8, 8)]
@@ -160,21 +159,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(beton, monkeypatch)
     assert [p.name for p in beton.parent.iterdir()] == ["train.beton"]
 
 
-def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    script = (
-        "import os, sys\nfrom sam_repro.data.beton import write_beton\n"
-        "def samples():\n    yield b'\\xff\\xd8' + bytes(99), 9, 9, 0, False\n    os._exit(9)\n"
-        "write_beton(sys.argv[1], samples(), capacity=2)"
-    )
-    path = tmp_path / "train.beton"
-    assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == 9
-    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
-    own = tmp_path / f".train.beton.{os.uname().nodename}.{os.getpid()}.partial"
-    own.touch()  # of a live process: stays
-    remove_leftovers(path)
-    assert list(tmp_path.iterdir()) == [own]
-
-
 def test_manifest(beton):
     content = write_manifest(beton, ["a", "b", "c"], rule={"max_side": 500})
     assert content["samples"] == 40 and content["counts"] == [14, 13, 13]
@@ -200,3 +184,17 @@ def test_manifest(beton):
     manifest_path(beton).unlink()
     with pytest.raises(UserError, match="has no manifest"):
         manifest_hash(beton)
+
+
+def test_no_field_of_a_manifest_changes_unseen(beton):
+    write_manifest(beton, ["a", "b", "c"], rule={"max_side": 500}, source="x", skipped=["y.jpg"])
+    path = manifest_path(beton)
+    content, name = json.loads(path.read_text()), manifest_hash(beton)
+    for key, value in content.items():
+        changed = {**value, "odd": 1} if isinstance(value, dict) else value * 2
+        path.write_text(json.dumps(content | {key: changed}))
+        with pytest.raises(UserError, match="its seal is broken"):
+            read_manifest(beton)
+    del content["seal"]  # manifests of before have none, and the same name
+    path.write_text(json.dumps(content))
+    assert manifest_hash(beton) == name and read_manifest(beton) == content

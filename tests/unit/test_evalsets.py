@@ -1,6 +1,7 @@
 """The named test sets: which answers are right, which images and logits count."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sam_repro.training.evaluate import count_set, evaluate_sets
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 SIDE = 16
+R_PLACES = [int(line) for line in evalsets._lines("imagenet_r_indices.txt")]
 
 
 def put(folder, name, shade):
@@ -30,10 +32,12 @@ def root(tmp_path, monkeypatch):
         put(tmp_path / "val" / synsets()[place], f"ILSVRC2012_val_{number:08d}.JPEG", 10 * i)
     for name in range(1000):
         put(tmp_path / V2_FOLDERS["v2"] / str(name), "a.jpeg", name // 4)
-    put(tmp_path / "imagenet-r" / "n01443537", "art_0.jpg", 0)  # the first class of R is the second of ImageNet
+    for place in R_PLACES:  # the first class of R is the second of ImageNet
+        put(tmp_path / "imagenet-r" / synsets()[place], "art_0.jpg", 0)
     for corruption in ALEXNET_ERRORS:
         for severity in range(1, 6):
-            put(tmp_path / "imagenet-c" / corruption / str(severity) / synsets()[severity], "x.JPEG", 0)
+            for place in (3, 500):
+                put(tmp_path / "imagenet-c" / corruption / str(severity) / synsets()[place], "x.JPEG", 0)
     return tmp_path
 
 
@@ -86,7 +90,10 @@ def test_v2_folders_are_numbers(root):
 def test_r_lets_its_200_classes_compete(root):
     # 0 (tench) is not in R: the best of R's logits is 1.
     assert len(open_set(config(root), "r").columns) == 200
-    assert count_set(always(0, 1), open_set(config(root), "r"), RANKS) == {"correct": 1, "total": 1}
+    assert count_set(always(0, 1), open_set(config(root), "r"), RANKS) == {"correct": 1, "total": 200}
+    shutil.rmtree(root / "imagenet-r" / synsets()[R_PLACES[7]])
+    with pytest.raises(UserError, match=f"lacks 1 of ImageNet-R's 200 classes, such as {synsets()[R_PLACES[7]]}"):
+        open_set(config(root), "r")
     put(root / "imagenet-r" / "n01440764", "art_0.jpg", 0)
     with pytest.raises(UserError, match="not ImageNet-R's"):
         open_set(config(root), "r")
@@ -96,9 +103,25 @@ def test_c_counts_every_part_and_is_not_resized(root):
     assert len(parts("c")) == 75
     assert open_set(config(root, eval_resize=20), "c/fog/3").data.eval_resize == SIDE
     counts = evaluate_sets(always(3), config(root), ["c"], RANKS)["c"]
-    assert (counts["correct"], counts["total"], counts["mean"]) == (15, 75, pytest.approx(20))
-    assert counts["corruptions"]["fog"] == {"correct": [0, 0, 1, 0, 0], "total": [1] * 5}
-    assert counts["mce"] == pytest.approx(100 * np.mean([0.8 / e for e in ALEXNET_ERRORS.values()]))
+    assert (counts["correct"], counts["total"], counts["mean"]) == (75, 150, pytest.approx(50))
+    assert counts["corruptions"]["fog"] == {"correct": [1] * 5, "total": [2] * 5}
+    assert counts["mce"] == pytest.approx(100 * np.mean([0.5 / e for e in ALEXNET_ERRORS.values()]))
+
+
+@pytest.mark.parametrize("damage", ["corruption", "severity", "class", "image"])
+def test_every_part_of_c_is_looked_for_before_anything_is_counted(root, damage):
+    part = root / "imagenet-c" / "pixelate" / "4"
+    folder = {"corruption": part.parent, "severity": part, "class": part / synsets()[500]}.get(damage)
+    if folder is None:
+        (part / synsets()[500] / "x.JPEG").rename(part / synsets()[500] / "x.txt")
+    else:
+        shutil.rmtree(folder)
+
+    def model(images):
+        raise AssertionError("nothing may be counted")
+
+    with pytest.raises(UserError, match="pixelate/"):
+        evaluate_sets(model, config(root), ["val", "c"], RANKS)
 
 
 def test_alexnets_mce_is_100():

@@ -6,14 +6,15 @@ same pixels.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import llvmlite.binding
@@ -21,6 +22,7 @@ import numpy as np
 from numba import njit, types
 
 from sam_repro.data.images.crop import PAD, crop_box, render_box
+from sam_repro.records.files import sha256, write_atomic
 
 SOURCE = Path(__file__).with_name("jpeg.c")
 FLAGS = ("-O2", "-shared", "-fPIC")
@@ -34,23 +36,9 @@ _box = types.ExternalFunction(SYMBOLS[1], types.int64(types.uintp, types.uint64,
 @functools.cache
 def load() -> str:
     """Make `render_jpeg` callable; returns why that is impossible, or the empty string."""
-    source = SOURCE.read_bytes()
-    digest = hashlib.sha256(source + platform.machine().encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sam_repro"
-    library = cache / f"jpeg-{digest}.so"
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     try:
-        if not library.exists():
-            if compiler is None:
-                return "there is no C compiler"
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = library.with_suffix(f".{os.getpid()}.partial")
-            subprocess.run(
-                [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(partial), "-ljpeg"],
-                check=True, capture_output=True, text=True, timeout=60,
-            )  # fmt: skip
-            os.replace(partial, library)  # ranks may all be here: the last one wins, and all are equal
-        handle = ctypes.CDLL(str(library))
+        handle = _library(compiler)
         for symbol in SYMBOLS:
             address = ctypes.cast(getattr(handle, symbol), ctypes.c_void_p).value
             llvmlite.binding.add_symbol(symbol, address)
@@ -63,6 +51,27 @@ def load() -> str:
     return ""
 
 
+def _library(compiler: str | None) -> ctypes.CDLL:
+    """The compiled code: from the user's cache, else made and kept there, if it takes files."""
+    source = SOURCE.read_bytes()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sam_repro"
+    library = cache / f"jpeg-{sha256(source + platform.machine().encode())[:16]}.so"
+    if library.exists():
+        return ctypes.CDLL(str(library))
+    if compiler is None:
+        raise OSError("there is no C compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / library.name
+        subprocess.run(
+            [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(made), "-ljpeg"],
+            check=True, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        with contextlib.suppress(OSError):  # a read-only or full home: compiled again by each process
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomic(library, made.read_bytes())
+        return ctypes.CDLL(str(made))
+
+
 _keep: list[ctypes.CDLL] = []
 assert sys.byteorder == "little"
 
@@ -71,7 +80,8 @@ assert sys.byteorder == "little"
 def render_jpeg(address, size, height, width, scratch, out, geometry, seed, epoch, index):
     """`crop.render` of a JPEG of `size` bytes in memory, of which only the crop is decoded. Returns whether it could.
 
-    height, width: of the image; 0 asks its header. scratch: uint8, for the decoded pixels; replaced when too small.
+    address: int64, of its first byte. height, width: of the image; 0 asks its header. scratch: uint8, for the decoded
+    pixels; replaced when too small. out: uint8 [size, size, 3], overwritten. The others are those of `crop.render`.
     """
     if height == 0:
         sides = _sides(address, size)

@@ -1,1 +1,5 @@
-"""Writing data sets."""
+"""Writing data sets as .beton files."""
+
+from sam_repro.data.write.dataset import encode, write_dataset
+
+__all__ = ["encode", "write_dataset"]

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, remove_leftovers, write_beton
+from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, write_beton
+from sam_repro.data.images.decode import reason, rgb
 from sam_repro.data.loaders.threads import worker_count
 from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, read_manifest, write_manifest
-from sam_repro.data.write import layouts
-from sam_repro.data.write import torchvision as torchvision_inputs
-from sam_repro.data.write.layouts import Inputs
+from sam_repro.data.write import layouts, torchvision
+from sam_repro.data.write.layouts import RawSplit, Splits
 from sam_repro.errors import UserError
+from sam_repro.records.files import remove_temporaries
 
 ESTIMATE_FILES = 64
 WHOLE = {  # layout: {split: (classes, images)}
@@ -38,11 +40,11 @@ LAYOUTS = {
     "imagefolder": layouts.folders,
     "imagenet": layouts.imagenet,
     "imagewoof": layouts.folders,
-    "imagenette": torchvision_inputs.imagenette,
-    "cifar10": torchvision_inputs.cifar10,
-    "cifar100": torchvision_inputs.cifar100,
-    "flowers": torchvision_inputs.flowers,
-    "pets": torchvision_inputs.pets,
+    "imagenette": torchvision.imagenette,
+    "cifar10": torchvision.cifar10,
+    "cifar100": torchvision.cifar100,
+    "flowers": torchvision.flowers,
+    "pets": torchvision.pets,
     "arrays": layouts.arrays,
     "hf": layouts.huggingface,
 }
@@ -59,33 +61,41 @@ class Encoded(NamedTuple):
 
 
 def encode(data: bytes | np.ndarray, *, max_side: int, quality: int) -> Encoded:
-    """What to store for an image file's bytes: these bytes if they will do, else a re-encoded image.
+    """What to store for an image: its bytes if they will do, else a re-encoded image.
 
-    Pixels (uint8 [H, W] or [H, W, 3]) are stored as they are, unless they are too large. The image is decoded
-    completely either way. Raises ValueError or OSError when that fails or it is too small.
+    A JPEG that is small enough, grey or of three colours keeps its bytes. Pixels (uint8 [H, W] or [H, W, 3]) are stored
+    as they are, unless they are too large. The image is decoded completely either way, as every reader does it.
+
+    Args:
+        data: an image file, or pixels.
+        max_side: pixels; a larger image is shrunk to it by area averaging.
+        quality: of a re-encoded JPEG.
+
+    Raises:
+        ValueError, OSError: the image is damaged, too small, or too large for the format.
     """
+    kept, raw = None, isinstance(data, np.ndarray)
     if isinstance(data, np.ndarray):
         pixels = np.ascontiguousarray(data if data.ndim == 3 else np.repeat(data[..., None], 3, 2))
-        if max(pixels.shape[:2]) <= max_side and min(pixels.shape[:2]) >= MIN_SIDE:
-            return Encoded(pixels.tobytes(), *pixels.shape[:2], False, True)
-        image = Image.fromarray(pixels)
+        kept = pixels.tobytes()
     else:
-        image = Image.open(io.BytesIO(data))
-    width, height = image.size
-    fits = max(width, height) <= max_side
-    if isinstance(data, bytes) and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and fits:
-        image.load()
-        encoded = Encoded(data, height, width, False)
-    else:
-        pixels = np.asarray(image.convert("RGB"))
-        if not fits:
-            scale = max_side / max(width, height)
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+                kept = data
+            pixels = rgb(image)
+    height, width = pixels.shape[:2]
+    if kept is None or max(height, width) > max_side:
+        raw = False
+        if max(height, width) > max_side:
+            scale = max_side / max(height, width)
             size = max(round(width * scale), 1), max(round(height * scale), 1)
             pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
         done, stream = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
         assert done
         encoded = Encoded(stream.tobytes(), *pixels.shape[:2], True)
+    else:
+        encoded = Encoded(kept, height, width, False, raw)
     if min(encoded.height, encoded.width) < MIN_SIDE:
         raise ValueError(f"{encoded.width}x{encoded.height} pixels are too few, a side needs {MIN_SIDE}")
     if len(encoded.data) > PAGE - CRC:
@@ -108,7 +118,7 @@ def write_dataset(
 ) -> dict[str, dict[str, Any]]:
     """Write the splits found in `src` to dst/<split>.beton with a manifest each, and return the manifests.
 
-    A split whose inputs and settings did not change is left as it is.
+    A split whose images and settings did not change is left as it is.
 
     Args:
         layout: a name in LAYOUTS.
@@ -132,79 +142,110 @@ def write_dataset(
     if not src.exists():
         raise UserError(f"there is no folder {src}" if layout != "arrays" else f"there is no file {src}")
     splits = LAYOUTS[layout](src, download)
-    first, classes = next((split, inputs.classes) for split, inputs in splits.items())
-    if num_classes is not None and len(classes) != num_classes:
-        raise UserError(f"{src} has {len(classes)} class folders, expected {num_classes}")
-    for split, inputs in splits.items():
-        if inputs.classes != classes:
-            raise UserError(f"{split} has other class folders than {first}, for example {odd(inputs.classes, classes)}")
-    for there in (dst / f"{s}.beton" for s in ("train", "val") if s not in splits):
-        if manifest_path(there).exists() and (old := read_manifest(there)["classes"]) != classes:
-            told = f"{there} has other classes than {src}, for example {odd(old, classes)}"
-            raise UserError(f"{told}; write to another folder, or remove that file and its manifest first")
-    for split, inputs in splits.items():
-        found, whole = (len(inputs.classes), len(inputs.labels)), WHOLE.get(layout, {}).get(split)
-        if whole and found != whole:  # allowed, but an unpacking that was cut looks like this
-            print(f"{split} is not all of {layout}: {words(*found)}, of {words(*whole)}", flush=True)
+    _check_classes(splits, src, dst, num_classes)
+    for split, raw in splits.items():
+        _check_names(split, raw)
+        for remark in _remarks(split, raw, layout):
+            print(remark, flush=True)
     dst.mkdir(parents=True, exist_ok=True)
     rule = {"max_side": max_side, "quality": quality, "skip_bad": skip_bad}
     with ThreadPoolExecutor(worker_count(workers, 1)) as pool:
-        return {s: _write_split(i, dst / f"{s}.beton", rule, pool, progress) for s, i in splits.items()}
+        return {s: _write_split(raw, dst / f"{s}.beton", rule, pool, progress) for s, raw in splits.items()}
 
 
-def odd(some: list[str], others: list[str]) -> str:
-    """A class of one list alone, or the first that stands elsewhere."""
+def _check_classes(splits: Splits, src: Path, dst: Path, num_classes: int | None) -> None:
+    """Refuse splits whose labels would mean different things, here or in a file that is already there."""
+    first, classes = next((split, raw.classes) for split, raw in splits.items())
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f"{src} has {len(classes)} class folders, expected {num_classes}")
+    for split, raw in splits.items():
+        if raw.classes != classes:
+            raise UserError(f"{split} has other class folders than {first}, {difference(raw.classes, classes)}")
+    for there in (dst / f"{s}.beton" for s in ("train", "val") if s not in splits):
+        if manifest_path(there).exists() and (old := read_manifest(there)["classes"]) != classes:
+            differs = f"{there} has other classes than {src}, {difference(old, classes)}"
+            raise UserError(f"{differs}; write to another folder, or remove that file and its manifest first")
+
+
+def _check_names(split: str, raw: RawSplit) -> None:
+    """Refuse names that a list with one name per line cannot hold."""
+    for name in (*raw.classes, *raw.names):
+        if "\n" in name:
+            raise UserError(f"{split}: the name {name!r} has a line break in it; rename the file")
+
+
+def _remarks(split: str, raw: RawSplit, layout: str) -> Iterator[str]:
+    """What a user should know before the images are read: one sentence each."""
+    whole = WHOLE.get(layout, {}).get(split)
+    if whole and (len(raw.classes), len(raw.labels)) != whole:  # allowed, but an unpacking that was cut looks like this
+        there = f"{split} has {len(raw.labels):,} images in {len(raw.classes):,} classes"
+        yield f"{there}; all of {layout} would be {whole[1]:,} images in {whole[0]:,} classes"
+    if raw.remark:
+        yield f"{split}: {raw.remark}"
+    spelt: dict[str, str] = {}
+    for name in raw.classes:
+        if (twin := spelt.setdefault(spelling(name), name)) != name:
+            yield f"{split}: the classes {twin} and {name} differ only in spelling (case or accents): are they one?"
+
+
+def spelling(name: str) -> str:
+    """What names have in common that only case or the form of Unicode tells apart."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def difference(some: list[str], others: list[str]) -> str:
+    """An example of how two lists of classes differ, as a clause."""
     alone = sorted(set(some) ^ set(others))
-    return alone[0] if alone else next(a for a, b in zip(some, others, strict=False) if a != b)
-
-
-def words(classes: int, images: int) -> str:
-    """'1,000 classes with 50,000 images'."""
-    return f"{classes:,} classes with {images:,} images"
+    if not alone:
+        return f"for example {next(a for a, b in zip(some, others, strict=False) if a != b)}, in another order"
+    twins = [name for name in alone if spelling(name) == spelling(alone[0])]
+    if len(twins) > 1:
+        return f"for example {ascii(twins[0])} and {ascii(twins[1])}, which differ only in case or accents"
+    return f"for example {alone[0]}"
 
 
 def _write_split(
-    inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor, progress: bool
+    raw: RawSplit, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor, progress: bool
 ) -> dict[str, Any]:
-    remove_leftovers(beton)
-    fingerprint = hashlib.sha256(json.dumps([TOOL, rule, inputs.stamp]).encode()).hexdigest()
+    remove_temporaries(beton.parent, beton.name)
+    fingerprint = _fingerprint(rule, raw.stamp())
     done = _up_to_date(beton, fingerprint)
     if done is not None:
         print(f"{beton} is up to date")
         return done
-    count = len(inputs.labels)
-    _estimate(inputs, beton, rule, pool)
+    count = len(raw.labels)
+    _estimate(raw, beton, rule, pool)
     skipped: list[str] = []
     kept: list[str] = []
     reencoded = 0
 
     def samples() -> Iterator[Sample]:
         nonlocal reencoded
-        results = _ordered(inputs, range(count), rule, pool)
+        results = _ordered(raw, range(count), rule, pool)
         for index, result in enumerate(tqdm(results, beton.name, count, unit="image", disable=not progress)):
             if isinstance(result, Encoded):
                 reencoded += result.reencoded
-                kept.append(inputs.names[index])
-                yield result.data, result.height, result.width, int(inputs.labels[index]), result.raw
+                kept.append(raw.names[index])
+                yield result.data, result.height, result.width, int(raw.labels[index]), result.raw
             elif rule["skip_bad"]:
-                skipped.append(inputs.names[index])
+                skipped.append(raw.names[index])
             else:
-                name = f"{inputs.names[index]} ({beton.stem})"
-                raise UserError(f"cannot use {name}: {result}; --skip-bad leaves such images out")
+                name = f"{raw.names[index]} ({beton.stem})"
+                raise UserError(f"cannot use {name}: {reason(result)}; --skip-bad leaves such images out")
 
     write_beton(beton, samples(), capacity=count)
     facts = {"rule": rule, "source": fingerprint, "reencoded": reencoded, "skipped": skipped}
-    return write_manifest(beton, inputs.classes, files=kept, **facts)
+    return write_manifest(beton, raw.classes, files=kept, **facts)
 
 
 def _ordered(
-    inputs: Inputs, indices: Iterable[int], rule: dict[str, Any], pool: ThreadPoolExecutor
+    raw: RawSplit, indices: Iterable[int], rule: dict[str, Any], pool: ThreadPoolExecutor
 ) -> Iterator[Encoded | Exception]:
     """The encoded images in order, or what went wrong; a bounded number is in memory."""
     pending: deque = deque()
     try:
         for index in indices:
-            pending.append(pool.submit(_load, inputs, index, rule))
+            pending.append(pool.submit(_load, raw, index, rule))
             if len(pending) > 256:
                 yield pending.popleft().result()
         while pending:
@@ -214,19 +255,19 @@ def _ordered(
             task.cancel()
 
 
-def _load(inputs: Inputs, index: int, rule: dict[str, Any]) -> Encoded | Exception:
+def _load(raw: RawSplit, index: int, rule: dict[str, Any]) -> Encoded | Exception:
     try:
-        return encode(inputs.read(index), max_side=rule["max_side"], quality=rule["quality"])
+        return encode(raw.read(index), max_side=rule["max_side"], quality=rule["quality"])
     except Exception as error:  # Pillow raises many types for damaged files; the caller names the file
         return error
 
 
-def _estimate(inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor) -> None:
+def _estimate(raw: RawSplit, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor) -> None:
     """Print what the file will weigh and take, from a sample. Raises UserError when the disk is too small."""
-    count = len(inputs.labels)
+    count = len(raw.labels)
     some = np.linspace(0, count - 1, min(count, ESTIMATE_FILES)).astype(int)
     began = time.perf_counter()
-    sizes = [len(r.data) for r in _ordered(inputs, some, rule, pool) if isinstance(r, Encoded)]
+    sizes = [len(r.data) for r in _ordered(raw, some, rule, pool) if isinstance(r, Encoded)]
     seconds = (time.perf_counter() - began) / len(some) * count
     size = METADATA_AT + count * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
     free = shutil.disk_usage(beton.parent).free
@@ -236,8 +277,17 @@ def _estimate(inputs: Inputs, beton: Path, rule: dict[str, Any], pool: ThreadPoo
         raise UserError(f"{beton.parent} has {free / 1e9:.2f} GB free; {beton.name} needs about {size / 1e9:.2f} GB")
 
 
+def _fingerprint(rule: dict[str, Any], stamp: Iterable[Any]) -> str:
+    """SHA-256 of the JSON [tool, rule, [what stamps the images]], without a list of a million of them."""
+    digest = hashlib.sha256(json.dumps([TOOL, rule])[:-1].encode() + b", [")
+    for number, item in enumerate(stamp):
+        digest.update((", " * bool(number) + json.dumps(item)).encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
+
+
 def _up_to_date(beton: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of a file that was written from the same inputs and is still intact, else None."""
+    """The manifest of a file that was written from the same images and is still intact, else None."""
     if not (beton.exists() and manifest_path(beton).exists()):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Data sets in torchvision's layouts, downloaded by torchvision where it can: inputs of `sam-repro write`.
+"""Data sets in torchvision's layouts, downloaded by torchvision where it can: what `sam-repro write` reads.
 
 What the transfer study uses: CIFAR (train / test), Flowers-102 (train + val, 2,040 / test, 6,149), Pets (trainval /
 test, 37 breeds). Imagenette and Imagewoof are class folders.
