@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,14 @@ def config_hash(cfg: Config) -> str:
     start = Path(cfg.init) if cfg.init else None
     if start and start.parent == Path(cfg.log.runs_dir):  # a run's folder: where runs lie is the machine's business
         tree["init"] = f"runs/{start.name}"
-    changed = different(tree, to_dict(Config()))
+    changed = different(tree, defaults())
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """The schema's own configuration."""
+    return to_dict(Config())
 
 
 def different(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +71,10 @@ def different(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def run_id(cfg: Config) -> str:
-    """<model>-<optim>-s<seed>-<hash>: equal on every rank, every requeue and every machine."""
-    return f"{cfg.model.name}-{cfg.optim.name}-s{cfg.seed}-{config_hash(cfg)}"
+def run_id(cfg: Config, digest: str | None = None) -> str:
+    """<model>-<optim>-s<seed>-<hash>: equal on every rank, every requeue and every machine.
+
+    Args:
+        digest: config_hash(cfg), where it is known: it is that of all seeds.
+    """
+    return f"{cfg.model.name}-{cfg.optim.name}-s{cfg.seed}-{digest or config_hash(cfg)}"

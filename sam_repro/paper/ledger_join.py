@@ -12,10 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sam_repro.config.compose import nearest
-from sam_repro.config.run_id import run_id
 from sam_repro.errors import UserError
 from sam_repro.paper.outcomes import Cell, Outcome, computed, state_of, summary, value_of, winners
-from sam_repro.paper.runs import Run, compose_point, words_of
+from sam_repro.paper.runs import Run, make_run, words_of
 from sam_repro.paper.spec import Table, TableRow, load_table, table_names
 from sam_repro.paper.statistics import verdict
 from sam_repro.records.ledger import Row, read_row, row_path
@@ -47,9 +46,7 @@ def runs_of(
     found = []
     for seed, start in enumerate(starts):
         point = row.point | ({"init": f"{start.config.log.runs_dir}/{start.run_id}"} if start else {})
-        config = replace(compose_point(overrides, point), seed=seed)
-        typed = (*overrides, *words_of(point), f"seed={seed}")
-        found.append(Run(run_id(config), typed, config, start))
+        found.append(make_run((*overrides, *words_of(point)), seed, start))
     return found
 
 

@@ -16,10 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sam_repro.config.run_id import run_id
 from sam_repro.errors import UserError
 from sam_repro.paper.ledger_join import unique_runs
-from sam_repro.paper.runs import Run, compose_once
+from sam_repro.paper.runs import Run, make_run
 from sam_repro.paper.spec import Table, load_table
 from sam_repro.records.ledger import Row, read_row, row_path
 from sam_repro.records.lock import Held
@@ -66,8 +65,8 @@ def planned(path: Path, extra: list[str]) -> dict[str, Run]:
     """The runs of a file that `sam-repro plan` wrote, after those of it whose weights they start from."""
     runs = {}
     for line in read_plan(path):
-        config = compose_once((*line, *extra))
-        runs[run_id(config)] = Run(run_id(config), (*line, *extra), config)
+        r = make_run((*line, *extra))
+        runs[r.run_id] = r
     return {name: replace(r, after=runs.get(Path(r.config.init or "").name)) for name, r in runs.items()}
 
 

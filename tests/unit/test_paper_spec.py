@@ -12,7 +12,6 @@ from sam_repro.config.compose import compose_config
 from sam_repro.config.run_id import run_id
 from sam_repro.errors import UserError
 from sam_repro.paper.ledger_join import runs_of, unique_runs
-from sam_repro.paper.runs import compose_point
 from sam_repro.paper.spec import load_table, parse_table
 
 
@@ -24,7 +23,7 @@ def tree(**row: object) -> dict:
 def test_no_module_of_the_paper_half_imports_torch() -> None:
     code = (
         "import sys, pkgutil, importlib, sam_repro.paper as p\n"
-        "[importlib.import_module('sam_repro.paper.' + m.name) for m in pkgutil.iter_modules(p.__path__)]\n"
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(p.__path__, 'sam_repro.paper.')]\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -53,33 +52,25 @@ def test_a_run_id_is_that_of_the_composed_config_with_its_seed() -> None:
         assert run_id(compose_config(list(run.overrides))) == run.run_id
 
 
-@pytest.mark.parametrize(
-    "point",
-    [
-        {"optim.alpha": 0.3, "optim.m": 8},
-        {"model.sam_rho": 1, "init": "runs/a"},
-        {"optim.weights_only": True, "optim.every": 1},
-        {"optim.weights_only": False, "optim.alpha": 1.0},
-        {"optim.eigen_alpha": None},
-        {"recipe.betas": [0.8, 0.9]},
-        {"optim": "asam", "augment": "medium"},
-    ],
-)
-def test_a_point_of_a_grid_is_what_its_words_compose(point: dict) -> None:
-    words = [f"{key}={'null' if value is None else value}" for key, value in point.items()]
-    assert compose_point(("model=vit_s32", "optim=sam"), point) == compose_config(
-        ["model=vit_s32", "optim=sam", *words]
-    )
-
-
 def test_a_grid_expands_to_all_combinations() -> None:
-    row = {"overrides": ["optim=sam"], "grid": {"model.sam_rho": [0.1, 0.2], "recipe.lr": [1, 2]}, "x": "model.sam_rho"}
+    grid = {"model.sam_rho": [0.1, 0.2], "recipe.lr": [1, 2]}
+    row = {"overrides": ["optim=sam"], "grid": grid, "x": "model.sam_rho"}
     table = parse_table("t", tree(**row))
     assert [r.id for r in table.rows][:2] == ["m/a/sam_rho=0.1,lr=1", "m/a/sam_rho=0.1,lr=2"]
     assert [r.x for r in table.rows] == [0.1, 0.1, 0.2, 0.2]
     for row in table.rows:
         run = runs_of(table, row)[2]
-        assert run.config == compose_config(list(run.overrides))
+        assert run.config == compose_config(list(run.overrides)) and run.run_id == run_id(run.config)
+        assert (run.config.model.sam_rho, run.config.recipe.lr) == tuple(row.point.values())
+
+
+def test_a_grid_takes_switches_lists_nothing_and_files() -> None:
+    grid = {"optim.weights_only": [True], "recipe.betas": [[0.8, 0.9]]}
+    grid |= {"optim.eigen_alpha": [None], "augment": ["medium"]}
+    (row,) = parse_table("t", tree(overrides=["model=vit_s32", "optim=sam"], grid=grid)).rows
+    cfg = runs_of(load_table("demo"), row)[0].config
+    assert cfg.optim.weights_only and cfg.recipe.betas == [0.8, 0.9] and cfg.optim.eigen_alpha is None
+    assert cfg.augment.name == "medium"
 
 
 @pytest.mark.parametrize(
