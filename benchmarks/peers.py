@@ -39,10 +39,11 @@ from sam_repro.optim import build_base, decay_groups
 from sam_repro.paper.peers import PAIRS, table
 from sam_repro.records import ledger
 from sam_repro.runner.worker import fresh
+from sam_repro.training.data import batches, open_split
 from sam_repro.training.evaluate import count_correct
+from sam_repro.training.job import lr_schedule_of
 from sam_repro.training.main import main as train
-from sam_repro.training.schedules import batches, lr_schedule_of
-from sam_repro.training.setup import hardware, loader_factory, seed_everything, use_bf16
+from sam_repro.training.run import hardware, seed_everything, use_bf16
 
 INTERVAL = 25  # steps between readings of the clock
 
@@ -84,9 +85,8 @@ def theirs(cfg: Config, make: Callable[..., Step]) -> dict:
     ranks = init_ranks(cfg.train.device)
     bf16 = use_bf16(cfg.train.dtype, ranks.device)
     seed_everything(cfg, ranks)
-    loader_of = loader_factory(cfg, ranks)
-    loader = loader_of("train", training=True, batch_size=cfg.recipe.batch_size)
-    val = loader_of("val", training=False, batch_size=cfg.data.eval_batch_size)
+    loader = open_split(cfg, ranks, "train", training=True, batch_size=cfg.recipe.batch_size)
+    val = open_split(cfg, ranks, "val", training=False, batch_size=cfg.data.eval_batch_size)
     shape = {"num_classes": cfg.data.num_classes, "image_size": cfg.data.image_size, "loss": cfg.recipe.loss}
     model = build_model(cfg.model, **shape).to(ranks.device)
     if cfg.model.family == "resnet" and ranks.device.type == "cuda":

@@ -82,7 +82,7 @@ def worker(args: argparse.Namespace) -> None:
 
     from sam_repro.distributed.ranks import init_ranks
     from sam_repro.records import ledger
-    from sam_repro.training.setup import hardware
+    from sam_repro.training.run import hardware
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     ranks, rows = init_ranks(args.device), []

@@ -44,7 +44,7 @@ from step_parties import Bench, Party
 from sam_repro.distributed.ranks import Ranks
 from sam_repro.models.build import build_model
 from sam_repro.records import ledger
-from sam_repro.training.setup import hardware
+from sam_repro.training.run import hardware
 
 
 def arguments() -> argparse.Namespace:

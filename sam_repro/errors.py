@@ -1,6 +1,7 @@
 """The exceptions whose message is meant for the person who typed the command: one sentence, and an exit code."""
 
 import os
+import re
 
 LOST = os.EX_TEMPFAIL  # 75, the exit code of a rank whose peers are gone: the same command may well work again
 
@@ -11,9 +12,36 @@ class UserError(ValueError):
     code = 2
 
 
+class OutOfMemory(UserError):
+    """Memory lacked for what was asked. The same command would lack it again, so nobody should repeat it unchanged."""
+
+    code = 4
+
+
 class RankLost(Exception):
     """Another rank died, hangs or gave up; the message says which and why."""
 
     def __init__(self, sentence: str, code: int = LOST):
         super().__init__(sentence)
         self.code = code  # for this rank to exit with
+
+
+# What torch, CUDA's libraries and the system say of memory that lacks, in exceptions of no class of its own.
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Cannot allocate memory")
+
+
+def out_of_memory(error: BaseException, device: str) -> OutOfMemory | None:
+    """The sentence for an exception that says that memory lacked on `device`, "cuda" or "cpu"; None for any other."""
+    if isinstance(error, OutOfMemory):
+        return error
+    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    by_words = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in MEMORY_WORDS)
+    if not by_class and not by_words:
+        return None
+    wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    return OutOfMemory(
+        f"{'the GPU' if device == 'cuda' else 'this machine'} has no memory left"
+        + (f" for another {wanted[1]}" if wanted else "")
+        + ": take fewer images at once, with train.chunk=N, and in evaluations with data.eval_batch_size=N; "
+        "what was saved is intact"
+    )

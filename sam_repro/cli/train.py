@@ -103,13 +103,14 @@ def compose_and_train() -> list[str]:
         if statuses and StopSignal.late:  # the run before was just ending
             raise Interrupted(128 + StopSignal.late)
         task = list(HydraConfig.get().overrides.task)
-        born = None if statuses else psutil.Process().create_time()  # a multirun's later runs start when they start
+        # A multirun's later runs start when they start.
+        process_start = None if statuses else psutil.Process().create_time()
         try:
             config = typed(cfg)
             validate(config)
             from sam_repro.training.main import main  # torch takes seconds: not before the words are known to be right
 
-            statuses.append(main(config, task, born=born)["status"])
+            statuses.append(main(config, task, process_start=process_start)["status"])
         except (UserError, RankLost, OSError) as error:
             refused.append(error)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sam_repro.distributed.heartbeat import Heart, Waits, attempt, first_line, open_store
-from sam_repro.errors import RankLost, UserError
+from sam_repro.errors import RankLost, UserError, out_of_memory
 
 # The heartbeat notices a lost rank first and says which; this is for where it cannot.
 MARGIN = timedelta(minutes=2)
@@ -97,7 +97,7 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:  # gloo's and NCCL's word for a peer that is gone
-            ours = isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
+            ours = out_of_memory(error, self.device.type) or "CUDA error" in str(error)
             if self.heart is None or ours:
                 raise
             raise self.heart.why(error) from error
@@ -136,14 +136,19 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if name == "cpu" and wanted and Path("/dev/nvidiactl").exists():
             raise UserError(f"torch sees no GPU, but CUDA_VISIBLE_DEVICES={wanted}; train.device=cpu is the other way")
+    require_device(name)
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("train.device=cuda, but torch sees no GPU here")
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
-    if name != "cpu":
-        raise UserError(f"train.device={name}: auto, cpu or cuda")
     return torch.device("cpu")
+
+
+def require_device(name: str) -> None:
+    """Raise UserError where the device called `name` is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"train.device={name}: auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU here")
 
 
 def init_ranks(device: str, watch_minutes: float | None = None) -> Ranks:

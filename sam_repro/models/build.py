@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import timm
 from timm.layers.weight_init import lecun_normal_
@@ -43,12 +44,9 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
     Raises:
         UserError: for a name that timm does not have, or arguments that it does not take.
     """
-    kwargs = dict(cfg.kwargs) | (cfg.tiny_kwargs if cfg.tiny else {})
-    kwargs["num_classes"] = num_classes
-    if cfg.family != "resnet":
-        kwargs["img_size"] = image_size
+    kwargs = creation_kwargs(cfg, num_classes=num_classes, image_size=image_size)
     try:
-        model = create(cfg.timm, kwargs)
+        model = create(cfg.timm, **kwargs)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise UserError(f"model {cfg.name}: timm's {cfg.timm} refused {kwargs}: {error}") from error
     initialise(model, cfg.family)
@@ -67,8 +65,14 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
     return model
 
 
-def create(name: str, kwargs: dict) -> nn.Module:
-    """timm.create_model, and the Mixers of every size."""
+def creation_kwargs(cfg: ModelConfig, *, num_classes: int, image_size: int) -> dict[str, Any]:
+    """The keyword arguments of `create` for the network of `cfg`."""
+    kwargs = dict(cfg.kwargs) | (cfg.tiny_kwargs if cfg.tiny else {}) | {"num_classes": num_classes}
+    return kwargs if cfg.family == "resnet" else kwargs | {"img_size": image_size}
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """timm.create_model, the Mixers of every size, and CIFAR's networks."""
     if kwargs.get("act_layer") == "gelu_tanh":  # flax's GELU is the tanh approximation; Mixers take no name
         kwargs = kwargs | {"act_layer": partial(nn.GELU, approximate="tanh")}
     if name in CIFAR_MODELS:

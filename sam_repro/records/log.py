@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+LONGEST = 2**20  # bytes of a line; a longer one is damaged
 
 
 def finite(value: Any) -> Any:
@@ -30,14 +32,55 @@ def clock(seconds: float) -> str:
 
 
 def read_log(path: Path) -> list[Record]:
-    """All whole records of a log; a line cut off by a crash is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
+    """All whole records of a log, as stream_log reads them."""
+    return [record for _, record in stream_log(path)]
+
+
+def stream_log(path: Path) -> Iterator[tuple[int, Record]]:
+    """(place in the file, record) for every whole record of a log, one after the other.
+
+    A line that a crash cut off, or that is damaged, is left out; a damaged number in a line is None.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        place = 0
+        while line := file.readline(LONGEST):
+            record = parse(line)
+            if record is not None:
+                yield place, record
+            place += len(line)
+
+
+def parse(line: bytes) -> Record | None:
+    """The record in a line of a log, as its readers rely on it; None where it is none.
+
+    "step" is a whole number. An evaluation has a name and whole counts, a measurement is a dictionary of numbers and
+    lists of numbers; whatever else is in a record is a finite number or None.
+    """
+    try:
+        record = json.loads(line.decode(errors="replace"))
+        if not isinstance(record, dict) or not is_count(record.get("step")):
+            return None
+        if "eval" in record:
+            counts = is_count(record.get("correct")) and is_count(record.get("total"))
+            whole = counts and isinstance(record["eval"], str) and 0 < record["total"] >= record["correct"]
+            return record if whole else None
+        if "sharpness" in record:
+            whole = isinstance(record["sharpness"], dict)
+            return record | {"sharpness": {k: numbers(v) for k, v in record["sharpness"].items()}} if whole else None
+        return {k: numbers(v) for k, v in record.items()}
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number, 0 or greater, of those that 64 bits hold."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def numbers(value: Any) -> Any:
+    """A finite number, a list of them and of such lists, or None."""
+    if isinstance(value, list):
+        return [numbers(v) for v in value]
+    return value if type(value) in (int, float) and abs(value) < 1e300 else None

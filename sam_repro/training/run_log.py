@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from sam_repro.config.schema import Config
 from sam_repro.records.files import write_atomic
-from sam_repro.records.log import Record, clock, finite, metrics_of, read_log
+from sam_repro.records.log import Record, clock, finite, metrics_of, stream_log
 from sam_repro.training.wandb_writer import start_tracking
 
 SILENCE = 30  # seconds after which a line says that something long goes on
@@ -29,27 +30,34 @@ class RunLog:
 
     Args:
         run_dir: the run's folder; None on the ranks that do not log.
-        step: updates already made.
-        total: updates of the whole run.
     """
 
-    def __init__(self, run_dir: Path | None, cfg: Config, *, run_id: str, step: int, total: int):
-        self.run_dir = run_dir
-        if run_dir is None:
+    def __init__(self, run_dir: Path | None, cfg: Config, *, run_id: str):
+        self.run_dir, self.cfg, self.run_id = run_dir, cfg, run_id
+        self.file: BinaryIO | None = None
+        self.last_words = time.monotonic()
+
+    def start(self, step: int, total: int) -> None:
+        """Open the log for the steps after `step`, of `total`; until then there is only say()."""
+        if self.run_dir is None:
             return
-        self.path = run_dir / "log.jsonl"
-        kept = [r for r in read_log(self.path) if r["step"] <= step]
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        bar = cfg.log.progress == "bar" or (cfg.log.progress == "auto" and sys.stderr.isatty())
-        self.bar = tqdm(total=total, initial=step, desc=run_id, unit="step", disable=not bar, dynamic_ncols=True)
+        path = self.run_dir / "log.jsonl"
+
+        def kept(file: BinaryIO) -> None:
+            for _, record in stream_log(path):
+                if record["step"] <= step:
+                    file.write(json.dumps(record).encode() + b"\n")
+
+        write_atomic(path, kept)
+        bar = self.cfg.log.progress == "bar" or (self.cfg.log.progress == "auto" and sys.stderr.isatty())
         self.lines = not bar
-        self.said = time.monotonic()
-        self.tracker = start_tracking(run_dir, cfg, run_id)
+        self.bar = tqdm(total=total, initial=step, desc=self.run_id, unit="step", disable=not bar, dynamic_ncols=True)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.tracker = start_tracking(self.run_dir, self.cfg, self.run_id, self.say)
 
     def step(self) -> None:
         """One update was made."""
-        if self.run_dir is not None:
+        if self.file is not None:
             with contextlib.suppress(OSError):
                 self.bar.update()
 
@@ -58,15 +66,15 @@ class RunLog:
         if self.run_dir is not None:
             with contextlib.suppress(OSError):  # a terminal that is gone ends no run
                 tqdm.write(sentence, file=sys.stderr)
-            self.said = time.monotonic()
+            self.last_words = time.monotonic()
 
     def wait(self, doing: str) -> None:
         """Something long goes on: said beside the bar, or on a line now and then."""
-        if self.run_dir is None:
+        if self.file is None:
             return
         if not self.lines:
             self.beside_bar(doing)
-        elif time.monotonic() - self.said > SILENCE:
+        elif time.monotonic() - self.last_words > SILENCE:
             self.say(doing)
 
     def record(self, record: Record) -> None:
@@ -75,11 +83,11 @@ class RunLog:
         Raises:
             OSError: if the disk does not take it.
         """
-        if self.run_dir is None:
+        if self.file is None:
             return
         line = (json.dumps({k: finite(v) for k, v in record.items()}) + "\n").encode()
         if self.file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
         shown = summary(record)
         if self.lines:
             self.say(f"[{record['step']}/{self.bar.total}] {shown}")
@@ -95,7 +103,7 @@ class RunLog:
 
     def close(self) -> None:
         """Flush everything; once."""
-        if self.run_dir is None or self.file.closed:
+        if self.file is None or self.file.closed:
             return
         with contextlib.suppress(OSError):
             self.bar.close()
@@ -118,3 +126,31 @@ def summary(record: Record) -> str:
         share = record["lag_seconds"] / record["step_seconds"]
         parts.append(f"{100 * share:.0f} % of a step is waiting for rank {record['slowest_rank']}")
     return ", ".join(parts)
+
+
+def rates(interval: float, counted: int, left: int, batch: int, hours: float) -> dict[str, float]:
+    """Speed over the last interval, time left, and processor-hours so far.
+
+    Args:
+        interval: seconds of the last `counted` steps.
+        left: steps.
+        batch: images per step, of all ranks together.
+    """
+    per_step = interval / counted
+    return {
+        "images_per_second": batch / per_step,
+        "step_seconds": per_step,
+        "eta": per_step * left,
+        "hours": hours,
+    }
+
+
+def lag(waits: list[float]) -> dict[str, float]:
+    """Which rank the others wait for in the gradient's reduction, and how long; nothing for one rank.
+
+    Args:
+        waits: mean seconds that each rank spent in a reduction. All pay for the transfer; the slowest pays no more.
+    """
+    if len(waits) == 1:
+        return {}
+    return {"slowest_rank": waits.index(min(waits)), "lag_seconds": max(waits) - min(waits)}

@@ -6,6 +6,9 @@ import os
 import signal
 from typing import Any
 
+# From SLURM (its warning is USR1 or USR2, as --signal says), a closed terminal, a person.
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+
 
 class Interrupted(SystemExit):
     """The run was told to stop, and saved; the exit code is 128 + the signal, as a shell expects."""
@@ -13,19 +16,21 @@ class Interrupted(SystemExit):
 
 def ignore_signals() -> None:
     """Nothing is left to stop: a second signal must not change the exit code of a process that has saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGUSR2 (SLURM's warning) or Ctrl-C until the step is over."""
+    """Remembers one of STOPS until the step is over. A SIGHUP that nohup has switched off stays so."""
 
     late: int | None = None  # what the last run heard, perhaps after it had looked for the last time
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.before = {}
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        for number in STOPS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self.before[number] = signal.signal(number, self.receive)
             except ValueError:  # not the main thread: whoever is, decides

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
+import netrc
 import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sam_repro.config.compose import to_dict
 from sam_repro.config.schema import Config
@@ -58,16 +63,35 @@ class Tracker:
         print(f"{what}; the run has everything, `sam-repro sync {self.run_dir}` shows it there later", file=sys.stderr)
 
 
-def start_tracking(run_dir: Path, cfg: Config, run_id: str) -> Tracker | None:
-    """The tracker, or None when W&B is disabled. "auto" is online with a key, else offline."""
+def start_tracking(run_dir: Path, cfg: Config, run_id: str, say: Callable[[str], object]) -> Tracker | None:
+    """The tracker, or None when W&B is disabled. "auto" is online with a key, else offline, which it says."""
     mode = cfg.log.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        if mode == "offline":
+            where = "WANDB_MODE=offline" if "WANDB_MODE" in os.environ else f"there is no key for {hosts()[0]}"
+            say(f"W&B is offline, since {where}; `wandb login` and `sam-repro sync {run_dir}` show the run there later")
     return None if mode == "disabled" else Tracker(run_dir, cfg, run_id=run_id, mode=mode)
 
 
 def has_key() -> bool:
-    """Whether W&B would let this user in."""
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    known = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
-    return bool(os.environ.get("WANDB_API_KEY")) or known
+    """Whether W&B would let this user in, at the server that its settings name."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    home = Path("~/.netrc").expanduser()
+    path = Path(os.environ.get("NETRC") or (home if home.exists() else home.with_name("_netrc"))).expanduser()
+    try:
+        known = netrc.netrc(path)
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False
+    return any(known.authenticators(host) for host in hosts())
+
+
+def hosts() -> list[str]:
+    """The W&B server as netrc names it: of WANDB_BASE_URL, else of `wandb login --host`, else the public one."""
+    settings = configparser.ConfigParser(default_section="default", interpolation=None)
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    with contextlib.suppress(OSError, ValueError, configparser.Error):
+        settings.read([Path(folder).expanduser() / "settings", Path("wandb/settings")])
+    address = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="")
+    return [urlsplit(address).netloc] if address else ["api.wandb.ai", "api.forge.coreweave.com"]

@@ -93,9 +93,9 @@ def die() -> None:
 
 def watch_batches(path: Path) -> None:
     """Note which images every step saw."""
-    from sam_repro.training import main as train
+    from sam_repro.training import fit
 
-    real = train.batches
+    real = fit.batches
 
     def watched(loader: Any, done: int, total: int) -> Any:
         for step, (images, labels) in enumerate(real(loader, done, total), done):
@@ -104,7 +104,7 @@ def watch_batches(path: Path) -> None:
                 file.write(f"{step} {' '.join(names)}\n")
             yield images, labels
 
-    train.batches = watched
+    fit.batches = watched
 
 
 def arm(moment: str, n: str) -> None:
@@ -114,8 +114,7 @@ def arm(moment: str, n: str) -> None:
     from sam_repro.distributed.ranks import Ranks
     from sam_repro.optim.two_pass import GradientStep
     from sam_repro.records import ledger
-    from sam_repro.training import checkpoint
-    from sam_repro.training import main as train
+    from sam_repro.training import checkpoint, fit
     from sam_repro.training import wandb_writer as tracking
     from sam_repro.training.run_log import RunLog
 
@@ -145,7 +144,7 @@ def arm(moment: str, n: str) -> None:
 
     saved = torch.save
     if moment == "gradient":
-        train.rho_of = before(train.rho_of)
+        fit.rho_of = before(fit.rho_of)
     elif moment == "descent":  # between the gradient and the weights
         GradientStep.clip_ = before(GradientStep.clip_)
     elif moment == "save":
@@ -164,7 +163,7 @@ def arm(moment: str, n: str) -> None:
     elif moment == "row":
         ledger.write_row = before(ledger.write_row)
     elif moment == "sleep":  # no death: milliseconds before every step
-        train.rho_of = before(train.rho_of, lambda *a: bool(time.sleep(float(n) / 1000)))
+        fit.rho_of = before(fit.rho_of, lambda *a: bool(time.sleep(float(n) / 1000)))
     elif moment == "patience":  # no death: seconds that the end waits for W&B
         tracking.PATIENCE = float(n)
     elif moment == "link":

@@ -16,7 +16,8 @@ from sam_repro.config.compose import choices, compose_config
 from sam_repro.errors import UserError
 from sam_repro.records import ledger
 from sam_repro.records.log import read_log
-from sam_repro.training.main import batches, main
+from sam_repro.training.data import batches
+from sam_repro.training.main import main
 from sam_repro.training.run_log import RunLog
 from sam_repro.training.signals import Interrupted
 
@@ -66,12 +67,12 @@ def test_a_run_leaves_everything_behind_and_the_second_time_says_so(tmp_path):
 def test_a_run_that_fails_closes_its_log_for_the_next_one_of_the_process(tmp_path, monkeypatch):
     folders = [f"log.runs_dir={tmp_path}/runs", f"log.ledger_dir={tmp_path}/ledger"]
     logs: list[RunLog] = []
-    monkeypatch.setattr("sam_repro.training.main.RunLog", lambda *a, **k: logs.append(RunLog(*a, **k)) or logs[-1])
+    monkeypatch.setattr("sam_repro.training.run.RunLog", lambda *a, **k: logs.append(RunLog(*a, **k)) or logs[-1])
     monkeypatch.setattr("sam_repro.training.checkpoint.save", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(compose_config([*TINY, *folders, "recipe.steps=2", "log.wandb=disabled"]))
     (log,) = logs
-    assert log.file.closed and log.bar.disable
+    assert log.file is not None and log.file.closed and log.bar.disable
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -112,7 +113,7 @@ def test_the_first_speed_after_a_resumption_is_that_of_all_its_steps(tmp_path, m
             yield batch
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("sam_repro.training.main.batches", interrupted)
+        patch.setattr("sam_repro.training.fit.batches", interrupted)
         patch.setenv("SAM_REPRO_SHARING", "4")
         main(cfg)
     state = torch.load(only(tmp_path, "runs/vit*/step-00000019.pt"))
@@ -185,7 +186,7 @@ def test_a_ledger_that_cannot_be_written_is_found_before_the_first_step(tmp_path
 
 def test_batch_must_divide_over_the_processes(tmp_path):
     env = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    from sam_repro.training.setup import split_batch
+    from sam_repro.training.data import split_batch
 
     cfg = compose_config([*TINY])
     with pytest.raises(ValueError, match="recipe.batch_size=32 does not divide over 3 processes"):

@@ -18,9 +18,9 @@ from sam_repro.optim.eigen_sam import PowerIteration
 from sam_repro.optim.entropy_sgd import EntropySGD
 from sam_repro.optim.perturbations import RENORMALISE
 from sam_repro.records.log import read_log
+from sam_repro.training.job import lr_schedule_of, rho_of
 from sam_repro.training.main import main
 from sam_repro.training.method import is_fused
-from sam_repro.training.schedules import lr_schedule_of, rho_of
 
 # perturb, combine, rho_max, rho_min (None: the model's), and what else defines the method
 METHODS = {

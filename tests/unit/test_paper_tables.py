@@ -27,7 +27,7 @@ from sam_repro.paper.render.tables import render
 from sam_repro.paper.spec import Column, load_table, parse_table
 from sam_repro.paper.statistics import compare, interval, magnitudes, verdict
 from sam_repro.records.ledger import row_path, write_row
-from sam_repro.training.summary import curves
+from sam_repro.training.results import curves
 
 BASE = {"title": "T", "source": "S", "base": ["experiment=demo"], "columns": {"val": {"title": "V"}}}
 
@@ -284,7 +284,8 @@ def test_a_column_can_drop_the_sign():
 
 
 @pytest.mark.parametrize("n", [1, 199, 200, 202, 350, 401])
-def test_the_end_of_a_curve_survives_thinning(n: int):
+def test_the_end_of_a_curve_survives_thinning(n: int, tmp_path: Path):
     records = [dict.fromkeys((*METRICS, "lr", "rho", "step_seconds"), 0.0) | {"step": i + 1} for i in range(n)]
-    steps = curves(records)["train"]["step"]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    steps = curves(tmp_path / "log.jsonl")["train"]["step"]
     assert steps[-1] == n and len(steps) <= 200
