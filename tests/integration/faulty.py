@@ -139,6 +139,7 @@ def arm(moment: str, n: str) -> None:
         die()
 
     def half_a_line(log: RunLog, record: dict) -> None:
+        assert log.file is not None
         log.file.write(b'{"step": 5, "lo')
         die()
 
