@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sam_repro.optim.hessian import power_step
+
 BLOCK = 8  # basis vectors that are allocated together
 BREAKDOWN = 1e-2  # in units of the dtype's epsilon times ||T||: below it a residual is rounding
 
@@ -215,14 +217,14 @@ def power_iteration(
     history: list[tuple[float, float]] = []
     while True:
         visit(v)
-        w = operator(v)
+        following, w = power_step(operator, v)
         value = torch.dot(v, w)
         residual = relative((w - value * v).norm(), value)
         residual = agreed(operator, float(residual))[0]
         history.append((float(value), residual))
         if len(history) > steps or residual <= tol or not w.any():
             break
-        v = w / w.norm()
+        v = following
     values, residuals = (torch.tensor([x], dtype=torch.float64) for x in history[-1])
     return Eigenpairs(values, v[None], residuals, len(history), history)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_repro.optim.hessian import Hessian
+from sam_repro.optim.hessian import Hessian, power_step
 from sam_repro.optim.perturbations import Eigen, group_seed
 
 
@@ -96,9 +96,9 @@ class PowerIteration:
         quotient = v.new_zeros(())
         with self.around(), torch.random.fork_rng([v.device] if v.is_cuda else []):
             for _ in range(self.iterations):
-                hv = hessian(v)
-                length, quotient = hv.norm(), torch.dot(v, hv)
-                v = torch.where(torch.isfinite(length) & (length > 0), hv / length, v)
+                former = v
+                v, hv = power_step(hessian, former)
+                quotient = torch.dot(former, hv)
         hessian.graphs = []
         self.eigen.v = hessian.unflatten(v)
         self.eigenvalue = quotient.item()  # waits for the device, so that the clock is right

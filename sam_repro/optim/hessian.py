@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sam_repro.optim.perturbations import to_real
+
 # Mean loss of some images: objective(params, *batch) -> 0-d tensor. The contract of sam_repro.optim.two_pass.
 Objective = Callable[..., Tensor]
 Batch = tuple[Any, ...]
@@ -230,3 +232,58 @@ class Hessian:
         if total[-1] == 0:
             raise ValueError("there are no images to take the loss of")
         return total[:-1] / total[-1]
+
+
+class LossHessian:
+    """The Hessian of a loss whose graph is at hand, as a linear operator on flat vectors: v -> H v.
+
+    For loops that can only evaluate their loss. Half precision parameters and complex ones are fp32 and pairs in v.
+
+    Args:
+        loss: a 0-d tensor with its graph, made in `exact_arithmetic`.
+        params: what it is differentiated by, on any devices; v lives on the first's.
+        average: averages a flat tensor over the ranks in place; None for one rank.
+    """
+
+    def __init__(self, loss: Tensor, params: Sequence[Tensor], *, average: Callable[[Tensor], object] | None = None):
+        self.params, self.average = params, average
+        g = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+        self.g = [to_real(x) for x in g]
+        self.curved = [i for i, x in enumerate(g) if x.requires_grad]  # not where a gradient is constant
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """H v, a new flat vector."""
+        vs = self.unflatten(v)
+        hv = torch.autograd.grad(
+            [self.g[i] for i in self.curved], self.params, [vs[i] for i in self.curved],
+            retain_graph=True, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        flat = self.flatten([to_real(x) for x in hv])
+        if self.average is not None:
+            self.average(flat)
+        return flat
+
+    def start(self, seed: int = 0) -> Tensor:
+        """A random unit vector, the same on every rank."""
+        generator = torch.Generator().manual_seed(seed)
+        v = self.flatten([torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in self.g])
+        return v / v.norm()
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One flat vector of one tensor per parameter."""
+        return torch.cat([t.detach().reshape(-1).to(self.g[0].device) for t in tensors])
+
+    def unflatten(self, v: Tensor) -> list[Tensor]:
+        """Inverse of flatten: each part where its parameter is."""
+        parts = v.split([x.numel() for x in self.g])
+        return [part.view(x.shape).to(x) for part, x in zip(parts, self.g, strict=True)]
+
+
+def power_step(operator: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
+    """One power iteration: (H v / ||H v||, H v), for a unit vector v.
+
+    The first is v where H v is zero or not finite. The Rayleigh quotient of v is <v, H v>.
+    """
+    hv = operator(v)
+    length = hv.norm()
+    return torch.where(torch.isfinite(length) & (length > 0), hv / length, v), hv

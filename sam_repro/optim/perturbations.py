@@ -28,14 +28,41 @@ STABILITY = 1e-12
 RENORMALISE = ("none", "v_perp", "sum")
 
 
+def to_real(x: Tensor) -> Tensor:
+    """x in numbers that sums of squares can be made of: real (a complex number is a pair) and at least fp32.
+
+    Half precision squares 256 to infinity and 2e-4 to 0. x itself where it is real and wide enough.
+    """
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return x.float() if x.element_size() < 4 else x
+
+
+def from_real(x: Tensor, like: Tensor) -> Tensor:
+    """Inverse of to_real: in the dtype of `like`."""
+    return (torch.view_as_complex(x.contiguous()) if like.is_complex() else x).to(like.dtype)
+
+
+def together(xs: Sequence[Tensor]) -> Tensor:
+    """0-d tensors as one vector, on the device of the first."""
+    return torch.stack([x.to(xs[0].device) for x in xs])
+
+
 def squared_norm(xs: Tensors) -> Tensor:
-    """The sum of squares over all tensors, as a 0-d tensor."""
-    return torch.stack(torch._foreach_norm(xs)).square().sum()
+    """The sum of squares over all tensors, in fp32 at least, as a 0-d tensor."""
+    return together(torch._foreach_norm([to_real(x) for x in xs])).square().sum()
 
 
 def inner(xs: Tensors, ys: Tensors) -> Tensor:
-    """The Euclidean inner product over all tensors, as a 0-d tensor."""
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)]).sum()
+    """The Euclidean inner product over all tensors, in fp32 at least, as a 0-d tensor."""
+    pairs = zip(xs, ys, strict=True)
+    return together([torch.dot(to_real(x).reshape(-1), to_real(y).reshape(-1)) for x, y in pairs]).sum()
+
+
+def multiply(xs: Sequence[Tensor], factor: float | Tensor) -> Tensors:
+    """factor x for every tensor: new memory, wherever each tensor is."""
+    if isinstance(factor, Tensor) and any(x.device != factor.device for x in xs):
+        return [x * factor.to(x.device) for x in xs]
+    return list(torch._foreach_mul(xs, factor))
 
 
 def sam(params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
@@ -43,8 +70,7 @@ def sam(params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
 
     One norm over all parameters. Foret et al. 2021, eq. 2; GSAM paper, Algorithm 1, step 1a.
     """
-    scale = rho / (squared_norm(grads).sqrt() + STABILITY)
-    return list(torch._foreach_mul(grads, scale))
+    return multiply(grads, rho / (squared_norm(grads).sqrt() + STABILITY))
 
 
 def asam(
@@ -61,7 +87,7 @@ def asam(
     stretched = torch._foreach_mul(grads, sizes)
     scale = rho / (squared_norm(list(stretched)).sqrt() + STABILITY)
     torch._foreach_mul_(stretched, sizes)
-    return list(torch._foreach_mul(stretched, scale))
+    return multiply(stretched, scale)
 
 
 def adaptive_official(params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
@@ -81,7 +107,7 @@ def fisher(params: Tensors, grads: Tensors, rho: float | Tensor, *, eta: float =
     """
     steps = [g / (1 + eta * g.square()) for g in grads]
     scale = rho / (inner(list(grads), steps).clamp(min=0).sqrt() + STABILITY)
-    return list(torch._foreach_mul(steps, scale))
+    return multiply(steps, scale)
 
 
 class MomentumPerturbation:
@@ -224,18 +250,16 @@ class Eigen:
     def __call__(self, params: Tensors, grads: Tensors, rho: float | Tensor) -> Tensors:
         """eps, of the gradient of one group."""
         if self.v is None:
-            return list(torch._foreach_mul(grads, rho)) if self.faithful else sam(params, grads, rho)
-        v = [x.to(g.dtype) for x, g in zip(self.v, grads, strict=True)]
+            return multiply(grads, rho) if self.faithful else sam(params, grads, rho)
+        v = [x.to(g) for x, g in zip(self.v, grads, strict=True)]
         unit = sam(params, grads, 1.0)
         along = inner(unit, v)
-        v_perp = torch._foreach_sub(v, torch._foreach_mul(unit, along))
+        v_perp = torch._foreach_sub(v, multiply(unit, along))
         weight = self.alpha * torch.sign(along)
         if self.renormalise == "v_perp":
             weight = weight / (squared_norm(list(v_perp)).sqrt() + STABILITY)
-        torch._foreach_add_(unit, torch._foreach_mul(v_perp, weight))
-        if self.renormalise == "sum":
-            return sam(params, unit, rho)
-        return list(torch._foreach_mul(unit, rho))
+        torch._foreach_add_(unit, multiply(v_perp, weight))
+        return sam(params, unit, rho) if self.renormalise == "sum" else multiply(unit, rho)
 
     def coefficients(self, gg: Tensor, gv: Tensor, vv: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) with eps = a g + b v, from <g,g>, <g,v>, <v,v>: the call above for an engine that fuses its passes.

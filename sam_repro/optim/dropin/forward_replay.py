@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,22 +11,51 @@ import torch
 from torch import Tensor, nn
 
 
+class ForwardHook:
+    """In front of a model's forward: tells the Passes that registered it, and nobody once they are gone.
+
+    A copy of the model, deep or pickled, gets a hook that does nothing: the optimizer is not that copy's.
+    """
+
+    def __init__(self, passes: Passes | None = None):
+        self.owner = (lambda: None) if passes is None else weakref.ref(passes)
+
+    @torch._disable_dynamo  # a compiled model stays one graph, as torch's own optimizers do it
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """As torch calls it, before each forward pass."""
+        passes = self.owner()
+        if passes is not None:
+            passes.before_forward(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardHook, ()
+
+
 class Passes:
     """What a model carries from pass to pass: buffers and random numbers. Does nothing for no model.
 
     A hook in front of the model's forward notes the generators' states of every clean call, and sets them again, in
-    order, for the robust calls; evaluation does not count. The generators then go on from where the clean pass left
-    them.
+    order, for the robust calls; evaluation does not count, nor do calls at weights that have changed since (another
+    optimizer's steps). The generators then go on from where the clean pass left them.
+
+    Args:
+        model: the module that the loop calls, or None.
+        base: the optimizer whose parameters these passes are for.
     """
 
-    def __init__(self, model: nn.Module | None):
-        self.model, self.robust = model, False
+    def __init__(self, model: nn.Module | None, base: torch.optim.Optimizer):
+        self.model, self.base, self.robust = model, base, False
         self.clean: list[list[Tensor]] = []
-        if model is not None:
-            model.register_forward_pre_hook(self._before_forward)
+        self.version = 0
+        self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._watch()
 
     def enter_robust(self) -> None:
         """The clean pass is over."""
+        self._watch()
         self.robust, self.after, self.replay = True, self.random_state(), list(self.clean)
         self.buffers = self.copies()
 
@@ -40,7 +70,7 @@ class Passes:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What runs in the block belongs to neither pass, and leaves no trace."""
-        noted, state = len(self.clean), self.random_state()
+        clean, version, state = list(self.clean), self.version, self.random_state()
         buffers = self.copies()
         try:
             yield
@@ -49,27 +79,50 @@ class Passes:
                 buffer.copy_(before)
             if self.model is not None:
                 self.set_random_state(state)
-            del self.clean[noted:]
+            self.clean, self.version = clean, version
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """Each buffer with what it holds now."""
         return [] if self.model is None else [(b, b.clone()) for b in self.model.buffers()]
 
     def random_state(self) -> list[Tensor]:
-        """The states of the host's generator and the current GPU's."""
-        gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        return [torch.get_rng_state(), *gpu]
+        """The states of the host's generator and of those of the GPUs that hold parameters."""
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self._gpus())]
 
     def set_random_state(self, states: list[Tensor]) -> None:
         """Inverse of random_state."""
         torch.set_rng_state(states[0])
-        for gpu in states[1:]:
-            torch.cuda.set_rng_state(gpu)
+        for gpu, state in zip(self._gpus(), states[1:], strict=True):
+            torch.cuda.set_rng_state(state, gpu)
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def before_forward(self, module: nn.Module) -> None:
+        """A call of the model is about to draw random numbers."""
         if not module.training or not torch.is_grad_enabled():
             return
-        if not self.robust:
-            self.clean.append(self.random_state())
-        elif self.replay:
-            self.set_random_state(self.replay.pop(0))
+        if self.robust:
+            if self.replay:
+                self.set_random_state(self.replay.pop(0))
+            return
+        # All calls of a clean pass see the same weights. What was noted at others was for a step that never came.
+        version = sum(p._version for p in self._parameters())
+        if version != self.version:
+            self.clean, self.version = [], version
+        self.clean.append(self.random_state())
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.base.param_groups for p in group["params"]]
+
+    def _gpus(self) -> list[torch.device]:
+        return list(dict.fromkeys(p.device for p in self._parameters() if p.is_cuda))
+
+    def _watch(self) -> None:
+        """Register the hook, where the model has none of these passes, until they are gone.
+
+        A model that holds its optimizer is copied before its own attributes are: its hook comes with the first step.
+        """
+        hooks = {} if self.model is None else vars(self.model).get("_forward_pre_hooks")
+        if hooks is None or any(isinstance(hook, ForwardHook) and hook.owner() is self for hook in hooks.values()):
+            return
+        if self.model is not None:
+            handle = self.model.register_forward_pre_hook(ForwardHook(self))
+            weakref.finalize(self, handle.remove).atexit = False
