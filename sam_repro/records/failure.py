@@ -7,6 +7,7 @@ import errno
 import time
 from pathlib import Path
 
+from sam_repro.records.files import write_atomic
 from sam_repro.records.lock import RunLock
 
 NAME = "error.txt"
@@ -18,7 +19,7 @@ def note(run_dir: Path, sentence: str) -> None:
     """Leave the sentence, with the time; where that cannot be written (a full disk, say), nothing."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with contextlib.suppress(OSError):
-        (run_dir / NAME).write_text(f"{stamp} {' '.join(sentence.split())}\n")
+        write_atomic(run_dir / NAME, f"{stamp} {' '.join(sentence.split())}\n")
 
 
 def read(run_dir: Path) -> str:

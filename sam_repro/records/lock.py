@@ -1,7 +1,8 @@
 """One process a run directory, also on NFS, where flock cannot be relied on.
 
 The lock is a file that appears by os.link, which is atomic on NFS too, and that its holder touches while it lives.
-Nobody compares clocks: whether a holder on another machine lives is seen by watching whether it touches the file.
+Nobody compares clocks: whether a holder lives that cannot be seen from here, on another machine or in another
+container, is found by watching whether it touches the file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sam_repro.errors import UserError
 
 BEAT = 20.0  # seconds between signs of life
 WATCH = 65.0  # how long to look for one: three beats, and longer than NFS clients cache a file's time
-STALE = 300.0  # readers that cannot wait take a lock untouched for this long for abandoned
+STALE = 300.0  # a lock, or a claim to one, untouched for this long is abandoned for readers that cannot wait
 
 
 class Held(UserError):
@@ -31,8 +32,8 @@ class Held(UserError):
 class RunLock:
     """Hold a run until release(), or until the process ends.
 
-    A lock is taken over when its process is gone (same host), when it is of an earlier start of this SLURM job, or
-    when nobody touches it for a minute. Of two processes that take over, one wins.
+    A lock is taken over when its process is seen to be gone, when it is of an earlier start of this SLURM job, or when
+    nobody touches it for a minute. Of two processes that take over, one wins.
 
     Raises:
         Held: if another live process holds the run.
@@ -43,16 +44,20 @@ class RunLock:
         self.me = json.dumps(
             {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
             | {"job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
+            | {"place": place(), "born": birth(os.getpid())}
         )
         for _ in range(3):
             if self.create():
                 break
             holder = read(self.path)
-            if holder and not gone(holder) and watch(self.path, holder):
+            alive = lives(holder)
+            if holder and (alive or (alive is None and watch(self.path))):
                 self.refuse(holder)
             self.clear(holder)
         else:
             raise Held(f"another process has just taken {run_dir}")
+        for path in run_dir.glob("lock.*"):  # of starts that were killed; a live one sees this lock, and gives way
+            path.unlink(missing_ok=True)
         self.released = threading.Event()
         threading.Thread(target=self.beat, daemon=True).start()
 
@@ -62,10 +67,10 @@ class RunLock:
         temporary.write_text(self.me)
         try:
             os.link(temporary, self.path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # not found: who has the lock has swept
             return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         return True
 
     def clear(self, holder: str) -> None:
@@ -120,7 +125,7 @@ def is_held(run_dir: Path) -> bool:
         silent = time.time() - (run_dir / "lock").stat().st_mtime > STALE
     except OSError:
         return False
-    return not silent and not gone(read(run_dir / "lock"))
+    return not silent and lives(read(run_dir / "lock")) is not False
 
 
 def read(path: Path) -> str:
@@ -140,24 +145,44 @@ def fields(holder: str) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def gone(holder: str) -> bool:
-    """Whether the holder is known to be dead: no such process on this host, or this very SLURM job was restarted."""
+def lives(holder: str) -> bool | None:
+    """Whether the holder's process lives: known where it can be seen from here, or where this SLURM job was restarted.
+
+    A process is its number and the moment it was born: numbers are given again, and in a container the first is 1.
+    """
     known = fields(holder)
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     if job is not None and known.get("job") == job and known.get("restart") != restart:
-        return True
-    return known.get("host") == socket.gethostname() and not Path(f"/proc/{known.get('pid')}").exists()
+        return False
+    here = place()
+    if here is None or known.get("place") != here:
+        return None
+    return known.get("born") is not None and birth(known.get("pid")) == known["born"]
 
 
-def watch(path: Path, holder: str) -> bool:
-    """Whether the lock is touched, or changes hands, while we look.
+def place() -> str | None:
+    """Where the numbers of processes mean the same: a running kernel, and in it a namespace. None without /proc."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
-    A process of this host is there for all to see, and is not waited for, unless its number was given to another.
-    """
+
+def birth(pid: Any) -> str | None:
+    """When a process was started, in the kernel's ticks since its own start; None where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (OSError, ValueError):
+        return None
+    state, *others = stat.rpartition(")")[2].split()  # what is in front is the program's name, with any characters
+    return None if state in "ZX" else others[18]
+
+
+def watch(path: Path) -> bool:
+    """Whether the lock is touched, or changes hands, while we look."""
     before, deadline = touched(path), time.monotonic() + WATCH
-    if before is not None and fields(holder).get("host") == socket.gethostname():
-        return time.time() - before < STALE
-    print(f"{path} is another machine's; watching for {WATCH:.0f} s whether it lives", file=sys.stderr)
+    where = "a process on another machine or in another container"
+    print(f"{path} belongs to {where}; watching for {WATCH:.0f} s whether it lives", file=sys.stderr)
     while time.monotonic() < deadline:
         time.sleep(1)
         now = touched(path)
