@@ -65,16 +65,17 @@ ROW: dict[str, Any] = {
     "finished?": TEXT,
     "versions?": {"*": TEXT},
     "overrides?": [TEXT],
-    "sharpness?": {
-        **dict.fromkeys(("lambda_max?", "residual?", "rho?", "surrogate_gap?", "estimate?", "first_order?"), NUMBER),
-        **{"alignment?": NUMBER, "images?": whole(0), "problem?": TEXT},
-    },
+    "sharpness?": {"problem?": TEXT},
     "curves?": {
         "train?": {"*": [NUMBER_OR_NULL]},
         "eval?": [{"step": whole(0), "eval": TEXT, "correct": whole(0), "total": whole(1)}],
         "sharpness?": [{"step": whole(0), "lambda_max?": NUMBER, "alignment?": NUMBER}],
     },
 }
+
+# `sharpness` where it was measured.
+MEASURED = dict.fromkeys(("lambda_max", "residual", "rho", "surrogate_gap", "estimate", "alignment"), NUMBER)
+MEASURED |= {"images": whole(0)}
 
 
 def parse_row(text: str) -> Row:
@@ -92,6 +93,9 @@ def parse_row(text: str) -> Row:
         raise ValueError("its brackets are nested too deeply")
     for problem in problems(row, ROW, ""):
         raise ValueError(problem)
+    if "lambda_max" in (measured := row.get("sharpness", {})):
+        for problem in problems(measured, MEASURED, "sharpness"):
+            raise ValueError(problem)
     for name, counts in row["evals"].items():
         if counts["correct"] > counts["total"]:
             raise ValueError(f"{counts['correct']} of {counts['total']} images correct on {name}")

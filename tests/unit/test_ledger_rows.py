@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sam_repro.errors import UserError
 from sam_repro.paper.claims import judged
 from sam_repro.paper.estimate import beside_actual
 from sam_repro.paper.ledger_join import JoinedTable, join_table, runs_of
+from sam_repro.paper.outcomes import Outcome
 from sam_repro.paper.render.overview import overview
 from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.tables import FORMATS, render
@@ -29,6 +31,7 @@ from sam_repro.runner.status import state_of
 MEASURED = {"lambda_max": 7.5, "residual": 1e-4, "rho": 0.05, "surrogate_gap": 0.1, "estimate": 3.0, "images": 512}
 MEASURED |= {"first_order": 2.0, "alignment": 0.2, "decay": [[11, 0.9, 0.95]]}
 WRONG = (None, True, -1, 1.5, 10**30, "<b>", [None], {"x": "y"})
+HOSTILE = """<img src=x onerror="alert(1)">'"><script>alert(2)</script></style>"""
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +75,56 @@ def places(node: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def changed(row: dict[str, Any], path: tuple, value: Any) -> dict[str, Any]:
-    """A copy with another value at a path."""
+    """A copy with another value at a path, or without it where the value is ABSENT."""
     copied = node = copy.deepcopy(row)
     for key in path[:-1]:
         node = node[key]
-    node[path[-1]] = value
+    if value is ABSENT:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
     return copied
+
+
+ABSENT = object()
+
+
+def test_a_stranger_s_text_stays_text(table: Table, row: dict, tmp_path: Path) -> None:
+    """Hostile text in every field of a row and of a table: the pages have no tag and no attribute more than without."""
+    row_path(tmp_path, row["run_id"]).write_text(json.dumps(row))
+    (outcome,) = join_table(table, tmp_path)
+
+    def markup(table: Table, outcome: Outcome, problem: str = "") -> set[tuple[str, str]]:
+        report = assemble([JoinedTable(table, [outcome], problem)])
+        return markup_of(report) | markup_of(render(table, [outcome], "html"))
+
+    expected, shown = markup(table, outcome) | LINK, 0
+    for place in places(row):
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):  # a number's: read_row refuses it
+            assert markup(table, replace(outcome, ledger=(row, changed(row, place, HOSTILE)))) <= expected, place
+            shown += 1
+    assert shown > 50
+    for name in ("id", "model", "method", "origin", "warnings"):
+        hostile = replace(table.rows[0], **{name: (HOSTILE,) if name == "warnings" else HOSTILE})
+        assert markup(replace(table, rows=(hostile,)), replace(outcome, row=hostile)) <= expected, name
+    for name in ("name", "title", "source", "warnings", "notes"):
+        hostile = replace(table, **{name: (HOSTILE,) if name in ("warnings", "notes") else HOSTILE})
+        assert markup(hostile, outcome, problem=HOSTILE) <= expected, name
+
+
+LINK = {("a", "class"), ("a", "href")}  # of a deviation
+
+
+def markup_of(page: str) -> set[tuple[str, str]]:
+    """The (tag, attribute) pairs of a page."""
+    found: set[tuple[str, str]] = set()
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list) -> None:
+            found.update((tag, name) for name, _ in attrs or [("", "")])
+
+    Reader().feed(page)
+    return found
 
 
 def test_a_wrong_type_anywhere_is_refused_or_does_no_harm(table: Table, row: dict, tmp_path: Path) -> None:
@@ -86,7 +133,7 @@ def test_a_wrong_type_anywhere_is_refused_or_does_no_harm(table: Table, row: dic
     read_everywhere(table, tmp_path)
     refused = 0
     for place in places({k: v for k, v in row.items() if k != "config"} | {"config": {"data": row["config"]["data"]}}):
-        for value in WRONG:
+        for value in (ABSENT, *WRONG):
             path.write_text(json.dumps(changed(row, place, value)))
             try:
                 read_everywhere(table, tmp_path)

@@ -1,45 +1,47 @@
-"""A line chart as inline SVG, for the report: no library, the same bytes on every machine."""
+"""A small line chart as the coordinates of an inline SVG, for the report: the same bytes on every machine."""
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 260, 120, 44, 16, 8
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 260, 120, 44, 6, 16, 8
 
-Line = tuple[str, list[tuple[float, float]]]  # CSS class, points
+Points = list[tuple[float, float]]
 
 
-def line_chart(title: str, lines: list[Line], *, digits: int = 3) -> str:
-    """A small figure with its title as caption; the empty string where there is nothing to draw."""
-    points = [p for _, line in lines for p in line]
+@dataclass(frozen=True)
+class Chart:
+    """What the template draws, in pixels of a box of width x height."""
+
+    title: str
+    lines: list[tuple[str, str]]  # CSS class, "x,y x,y ..."
+    labels: list[tuple[int, int, str, str]]  # x, y, anchor, text
+    axes: tuple[str, ...] = (f"M{LEFT},{TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}",)
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def line_chart(title: str, first: Points, second: Points | None = None, *, digits: int = 3) -> Chart | None:
+    """A chart of one or two lines; None with fewer than two points to draw."""
+    curves = {"first": first, "second": second or []}
+    points = [point for curve in curves.values() for point in curve]
     if len(points) < 2:
-        return ""
+        return None
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    room = 0.05 * (y1 - y0) or abs(y1) or 1.0
-    y0, y1 = y0 - room, y1 + room
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    room = 0.05 * (high - low) or abs(high) or 1.0
+    y0, y1 = low - room, high + room
 
     def place(x: float, y: float) -> str:
-        px = LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - 6)
+        px = LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - RIGHT)
         py = TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
         return f"{px:.1f},{py:.1f}"
 
-    drawn = "".join(
-        f'<polyline class="{name}" points="{" ".join(place(x, y) for x, y in line)}"/>' for name, line in lines
-    )
+    lines = [(name, " ".join(place(x, y) for x, y in curve)) for name, curve in curves.items() if curve]
     labels = [
-        f'<text x="{LEFT - 4}" y="{TOP + 8}" text-anchor="end">{short(y1 - room, digits)}</text>',
-        f'<text x="{LEFT - 4}" y="{HEIGHT - BOTTOM}" text-anchor="end">{short(y0 + room, digits)}</text>',
-        f'<text x="{WIDTH - 6}" y="{HEIGHT - 3}" text-anchor="end">{x1:g}</text>',
-        f'<text x="{LEFT}" y="{HEIGHT - 3}">step {x0:g}</text>',
+        (LEFT - 4, TOP + 8, "end", f"{high:.{digits}g}"),
+        (LEFT - 4, HEIGHT - BOTTOM, "end", f"{low:.{digits}g}"),
+        (WIDTH - RIGHT, HEIGHT - 3, "end", f"{x1:g}"),
+        (LEFT, HEIGHT - 3, "start", f"step {x0:g}"),
     ]
-    axes = f'<path class="axis" d="M{LEFT},{TOP}V{HEIGHT - BOTTOM}H{WIDTH - 6}"/>'
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{axes}{drawn}'
-        f"{''.join(labels)}</svg><figcaption>{escape(title)}</figcaption></figure>"
-    )
-
-
-def short(value: float, digits: int) -> str:
-    """A number of few characters."""
-    return f"{value:.{digits}g}"
+    return Chart(title, lines, labels)

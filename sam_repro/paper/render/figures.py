@@ -120,7 +120,7 @@ def line_of(row: Row, panel: str) -> dict[int, float]:
     """{step: value} of one run: a training metric, or the accuracy in % on an evaluation set."""
     if panel in METRICS:
         steps = curve(row, "step")
-        return {int(s): v for s, v in zip(steps, curve(row, panel), strict=True) if s is not None and v is not None}
+        return {int(s): v for s, v in zip(steps, curve(row, panel), strict=False) if s is not None and v is not None}
     points = row.get("curves", {}).get("eval", [])
     return {e["step"]: 100 * e["correct"] / e["total"] for e in points if e["eval"] == panel}
 

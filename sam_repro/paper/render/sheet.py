@@ -36,8 +36,7 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
     header += [title for _, title in curves] + ["ms a step"] * timed
     lines = []
     for o in found:
-        method = ", ".join([o.row.method, *point_of(o.row)])
-        line = [o.row.model, method + "".join(f" [{w}]" for w in o.row.warnings)]
+        line = [o.row.model, method_of(o.row) + "".join(f" [{w}]" for w in o.row.warnings)]
         for cell in o.cells:
             line += words_of(cell, o, compared=compared[cell.column.name])
         line += [number(o.metric(name), 3) for name, _ in curves] + [number(o.step_ms, 1)] * timed
@@ -56,6 +55,11 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         + [size_note(c, found) for c in table.columns if c.magnitude],
         provenance=sentences_of(provenance_of(found)),
     )
+
+
+def method_of(row: TableRow) -> str:
+    """A row's method with its place in the grid."""
+    return ", ".join([row.method, *point_of(row)])
 
 
 def point_of(row: TableRow) -> list[str]:

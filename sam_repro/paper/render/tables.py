@@ -6,7 +6,7 @@ import csv
 import io
 
 from sam_repro.paper.outcomes import Outcome
-from sam_repro.paper.render.html import page, table_html
+from sam_repro.paper.render.page import table_page
 from sam_repro.paper.render.sheet import sheet_of
 from sam_repro.paper.spec import Table
 
@@ -65,7 +65,7 @@ def tex(text: str) -> str:
 
 def html(table: Table, found: list[Outcome]) -> str:
     """A page of its own."""
-    return page(table.title, table_html(sheet_of(table, found)))
+    return table_page(sheet_of(table, found))
 
 
 CSV_HEADER = ("table", "row", "model", "method", "column", "mean", "half", "low", "high", "n", "paper", "difference")
