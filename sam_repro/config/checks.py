@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from sam_repro.config.compose import nearest
+from sam_repro.config.memory import memory_bytes
 from sam_repro.config.schema import WORDS, Config, check_method
 from sam_repro.errors import UserError
 
@@ -56,6 +57,10 @@ def validate(cfg: Config) -> None:
     if cfg.seed >= 2**63:
         raise UserError(f"seed={cfg.seed} must be below 2^63")
     check_method(cfg.optim)
+    if (cfg.train.chunk or 0) < 0:
+        raise UserError(f"train.chunk={cfg.train.chunk} must be at least 1, or null for as many as there is memory for")
+    if cfg.train.memory is not None:
+        memory_bytes(cfg.train.memory, "train.memory", total=1.0)
     if not all(0 < value < math.inf for value in cfg.data.std):
         raise UserError(f"data.std={cfg.data.std} must be greater than 0")
     if not all(map(math.isfinite, cfg.data.mean)):

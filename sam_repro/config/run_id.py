@@ -25,6 +25,8 @@ UNHASHED_KEYS = (
     "train.device",
     "train.compile",
     "train.threads",
+    "train.chunk",
+    "train.memory",
     "train.log_every",
     "train.save_every_minutes",
     "train.save_every_steps",

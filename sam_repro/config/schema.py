@@ -36,7 +36,7 @@ class OptimConfig:
     faithful_rho: bool = False  # let rho go negative in the warm-up, as the reference does (D-05)
     m: int = 64  # images that share one perturbation: the reference's batch per device (D-01)
     scope: str = "group"  # group: every m images perturb on their own | global: all images of all ranks share one eps
-    groups: str = "auto"  # on a GPU: groups one after the other (loop) or all at once (batched) | auto
+    groups: str = "auto"  # of older rows: loop is train.chunk=<m>, batched is all groups at once | auto: train.chunk
     eta: float = 0.0  # asam: added to |w|; fisher: weight of the squared gradient in the Fisher matrix
     weights_only: bool = False  # asam: scale by |w| only parameters called weight, as Kwon et al.; else all
     sigma: float = 1.0  # friendly: how much of the running mean is taken from g
@@ -223,6 +223,8 @@ class TrainConfig:
     reduce: str = "fp32"  # gradients between ranks: fp32 | bf16, half the bytes, rounded once a step
     deterministic: bool = False  # torch's deterministic algorithms; bitwise only on the CPU
     threads: int = 0  # CPU threads of torch; 0 leaves torch's choice
+    chunk: int | None = None  # images per pass at most; null or 0: as many as the device has memory for
+    memory: str | None = None  # of the device, for this run: GB ("24GB") or a share ("0.5"); null: what is free
     log_every: int = 50  # steps between log lines; the only moments the host waits for the device
     eval_every_epochs: float = 10  # 0: only at the end
     save_every_minutes: float = 20  # besides after every evaluation

@@ -21,6 +21,7 @@ from sam_repro.errors import UserError
 from sam_repro.models.objective import in_mode
 from sam_repro.optim import GradientStep
 from sam_repro.optim.hessian import Batch, Hessian
+from sam_repro.optim.memory import fitting, no_memory
 from sam_repro.optim.perturbations import sam
 
 TOL = 1e-3  # relative residual of the eigenvalue, whose error is then about 1e-6
@@ -91,8 +92,9 @@ class Monitor:
     def _measure(self, done: int, rho: float, *, final: bool, after: Callable[[int], object] | None) -> dict[str, Any]:
         wanted = self.cfg.sharpness
         if self.batches is None:
-            batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
-            self.batches = fitting(batches, self._try) if self.ranks.device.type == "cuda" else batches
+            self.batches = probe_batches(self.cfg, self.ranks, images=wanted.images, batch=wanted.batch)
+            if self.ranks.device.type == "cuda":
+                self.batches = fitting(self.batches, self._try, doing="a product with the Hessian")
         hessian = loss_hessian(self.cfg, self.model, self.batches, self.ranks)
         if after is not None:
             counted = weakref.proxy(hessian)  # not a cycle, which would keep its memory
@@ -149,27 +151,3 @@ class Monitor:
         """Images on all ranks."""
         own = torch.tensor(float(sum(len(images) for images, *_ in self.batches or [])), device=self.ranks.device)
         return int(self.ranks.sum_(own).item())
-
-
-def fitting(batches: list[Batch], attempt: Callable[[Batch], object]) -> list[Batch]:
-    """`batches`, halved until `attempt` has memory for the first: other runs may share the GPU.
-
-    What is measured is a mean over images, so it does not depend on how they are split.
-    """
-    while batches:
-        try:
-            attempt(batches[0])
-            break
-        except RuntimeError as error:
-            images = len(batches[0][0])
-            if images == 1 or not no_memory(error):
-                raise
-        torch.cuda.empty_cache()
-        parts = (zip(*(t.split(-(-images // 2)) for t in batch), strict=True) for batch in batches)
-        batches = [part for batch in parts for part in batch]
-    return batches
-
-
-def no_memory(error: RuntimeError) -> bool:
-    """Whether memory lacks; forward mode's derivatives run in an interpreter that wraps the error in another."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.hessian import Hessian, power_step
+from sam_repro.optim.memory import cut, halving
 from sam_repro.optim.perturbations import Eigen, group_seed
 
 
@@ -75,6 +76,7 @@ class PowerIteration:
         self.all_reduce, self.rank, self.world = all_reduce, rank, world
         self.fixed: tuple[Tensor, ...] | None = None
         self.hessian: Hessian | None = None
+        self.images_per_pass = 0  # where memory lacked for more; 0: m
         self.calls, self.products, self.seconds, self.eigenvalue = 0, 0, 0.0, 0.0
 
     def fix(self, *batch: Tensor) -> None:
@@ -97,7 +99,7 @@ class PowerIteration:
         with self.around(), torch.random.fork_rng([v.device] if v.is_cuda else []):
             for _ in range(self.iterations):
                 former = v
-                v, hv = power_step(hessian, former)
+                v, hv = power_step(lambda x: self._product(hessian, x), former)
                 quotient = torch.dot(former, hv)
         hessian.graphs = []
         self.eigen.v = hessian.unflatten(v)
@@ -123,6 +125,21 @@ class PowerIteration:
         if next(iter(self.params.values())).is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def _product(self, hessian: Hessian, v: Tensor) -> Tensor:
+        """H v, in smaller passes where memory lacks: known before this rank's part is reduced with the others'."""
+        batches = hessian.batches
+
+        def attempt(images: int) -> Tensor:
+            if images < largest:
+                self.images_per_pass = images
+                parts = [(*part, *batch[-2:]) for batch in batches for part in cut(batch[:-2], images)]
+                hessian.keep = False
+                hessian.renew(hessian.params, parts)
+            return hessian(v)
+
+        largest = max((len(images) for images, *_ in batches), default=1)
+        return halving(attempt, largest, doing="a product with the Hessian")[0]
 
     def _start(self, hessian: Hessian) -> Tensor:
         """A unit vector, the same on every rank and device type."""
@@ -152,15 +169,15 @@ class PowerIteration:
         return self.objective({**leaves, **copies}, *images)  # torch 2.6 cannot compile | of dictionaries
 
     def _chunks(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """The images of this rank, in passes of m."""
+        """The images of this rank, in passes of m or fewer."""
         if self.images == "fixed":
             if self.fixed is None:
                 raise ValueError("images='fixed', but no images were given to fix()")
             batch = self.fixed
-        chunks = list(zip(*(t.split(self.m or len(t)) for t in batch), strict=True))
+        groups = cut(batch, self.m or len(batch[0]))
         if self.images == "group":
-            return chunks[:1] if self.rank == 0 else []
-        return chunks
+            groups = groups[:1] if self.rank == 0 else []
+        return [part for group in groups for part in cut(group, self.images_per_pass or len(group[0]))]
 
     def _mean(self, buffer: Tensor) -> Tensor:
         """A copy of a running statistic, averaged over the ranks, whose steps leave each its own."""

@@ -115,6 +115,7 @@ class GradientStep:
         self.chunk = chunk
         self.all_reduce, self.reduce_dtype = all_reduce, reduce_dtype
         self.rank, self.world, self.stochastic = rank, world, stochastic
+        self.plan: Any = None  # of its passes and their memory, for whoever made one
         self.robust = self.perturb is not None  # whether the next step has a robust pass
 
         # One buffer for gradient and metrics, so that one reduction carries both; a second gradient between them where

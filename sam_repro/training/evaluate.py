@@ -13,8 +13,27 @@ from sam_repro.config.schema import DataConfig
 from sam_repro.data.evalsets import EvalSet, canonical, open_set, parts, require, summary_of_c
 from sam_repro.data.loaders.build import Loader, build_set_loader
 from sam_repro.distributed.ranks import Ranks
+from sam_repro.optim.memory import halving
 
 Logits = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) -> logits (B, classes), in evaluation mode
+
+
+class InParts:
+    """The logits of some images, of fewer at once where memory lacks."""
+
+    def __init__(self, logits_of: Logits):
+        self.logits_of, self.images = logits_of, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes)."""
+
+        def attempt(most: int) -> Tensor:
+            return torch.cat([self.logits_of(part) for part in images.split(most)])
+
+        logits, most = halving(attempt, min(self.images or len(images), len(images)), doing="evaluation")
+        if most < len(images):
+            self.images = most
+        return logits
 
 
 @torch.no_grad()
@@ -26,6 +45,7 @@ def count_correct(logits_of: Logits, loader: Loader, ranks: Ranks) -> dict[str, 
     Raises:
         AssertionError: if the ranks together did not see every image once.
     """
+    logits_of = InParts(logits_of)
     hits = (((logits_of(images).argmax(1) == labels).sum(), len(labels)) for images, labels in loader.epoch(0))
     return _summed(hits, loader, ranks)
 
@@ -40,6 +60,7 @@ def count_set(logits_of: Logits, eval_set: EvalSet, ranks: Ranks, *, progress: b
         world=ranks.world,
         device=ranks.device,
     )
+    logits_of = InParts(logits_of)
     answers = torch.from_numpy(eval_set.answers).to(ranks.device)
     columns = None if eval_set.columns is None else torch.from_numpy(eval_set.columns).to(ranks.device)
 

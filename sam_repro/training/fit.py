@@ -13,6 +13,7 @@ from sam_repro.training.data import Data, augment, batches
 from sam_repro.training.evaluate import count_correct, evaluate_sets
 from sam_repro.training.intervals import Intervals
 from sam_repro.training.job import Job, lr_schedule_of, rho_of, step_seed
+from sam_repro.training.memory import memory_sentence, whole_groups
 from sam_repro.training.progress import Progress, save
 from sam_repro.training.run import Run
 from sam_repro.training.run_log import lag, rates
@@ -53,7 +54,8 @@ def fit(cfg: Config, run: Run, data: Data, job: Job, progress: Progress) -> str:
         for group in job.base.param_groups:
             group["lr"] = lr
         images, labels = augment(cfg, images, labels, step=progress.step, rank=run.ranks.rank)
-        metrics = job.step(images, labels, rho=rho, seed=step_seed(cfg.seed, progress.step))
+        with whole_groups(job.step):
+            metrics = job.step(images, labels, rho=rho, seed=step_seed(cfg.seed, progress.step))
         if cfg.recipe.clip:
             job.step.clip_(cfg.recipe.clip)
         job.base.step()
@@ -62,6 +64,7 @@ def fit(cfg: Config, run: Run, data: Data, job: Job, progress: Progress) -> str:
         run.log.step()
         if progress.step == first_step:
             metrics.sum().item()  # wait for the device, this once
+            run.log.say(memory_sentence(job.step, run.ranks.device))
             run.log.say(f"the first step was done after {time.time() - run.process_start:.0f} s")
         run.ranks.pulse(progress.step)
 

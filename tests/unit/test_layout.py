@@ -228,7 +228,7 @@ def long_functions(folder: Path) -> list[str]:
     ]
 
 
-TO_CUT = {"validate", "gradient_step"}
+TO_CUT = {"validate"}
 
 
 def test_a_function_fits_on_a_screen():

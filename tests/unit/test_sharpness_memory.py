@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sam_repro.curvature.monitor import fitting
+from sam_repro.optim.memory import fitting
 
 WRAPPED = RuntimeError("failed in the TorchScript interpreter.\nRuntimeError: CUDA out of memory.")
 
