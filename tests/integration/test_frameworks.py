@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,94 @@ def lightened(build, **kwargs) -> torch.Tensor:
 @pytest.mark.parametrize("framework", [accelerated, lightened])
 def test_frameworks_equal_the_plain_loop(framework, build):
     torch.testing.assert_close(framework(build), plain(build), rtol=1e-5, atol=1e-6)
+
+
+def manually_lightened(form):
+    """Lightning's manual optimization, whose self.optimizers() hands out a proxy of the optimizer."""
+
+    def train(build) -> torch.Tensor:
+        pytest.importorskip("lightning")
+        lightning, module = lightning_module(build)
+
+        def training_step(batch, index=0):
+            opt, schedule = module.optimizers(), module.lr_schedulers()
+
+            def backward():
+                opt.zero_grad()
+                module.manual_backward(F.cross_entropy(module.net(batch[0]), batch[1]))
+                module.clip_gradients(opt, 0.5, "norm")
+
+            form(opt, backward)
+            schedule.step()
+
+        module.automatic_optimization, module.training_step = False, training_step
+        trainer = lightning.Trainer(max_epochs=2, enable_checkpointing=False, **QUIET)
+        torch.manual_seed(0)
+        trainer.fit(module, loader())
+        assert trainer.global_step == 8  # a step of two passes counts once
+        return weights(module.net)
+
+    return train
+
+
+def fabricated(form):
+    def train(build) -> torch.Tensor:
+        lightning = pytest.importorskip("lightning")
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        net = network()
+        model, opt = fabric.setup(net, optimizer(build, net))
+        schedule = torch.optim.lr_scheduler.StepLR(opt, 4, gamma=0.5)
+        torch.manual_seed(0)
+        for _ in range(2):
+            for x, y in fabric.setup_dataloaders(loader(), move_to_device=False):
+
+                def backward(x=x, y=y):
+                    opt.zero_grad()
+                    fabric.backward(F.cross_entropy(model(x), y))
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+                form(opt, backward)
+                schedule.step()
+        return weights(net)
+
+    return train
+
+
+def two_calls(opt, backward):
+    backward()
+    opt.first_step()
+    backward()
+    opt.second_step()
+
+
+def block(opt, backward):
+    backward()
+    with opt.robust_pass():
+        backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("build", [SAM, GSAM])
+@pytest.mark.parametrize("form", [two_calls, block])
+@pytest.mark.parametrize("framework", [manually_lightened, fabricated])
+def test_proxies_of_an_optimizer_equal_the_plain_loop(framework, form, build):
+    torch.testing.assert_close(framework(form)(build), plain(build), rtol=1e-5, atol=1e-6)
+
+
+def test_an_accelerated_optimizer_steps_in_two_calls_and_is_pickled():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = network()
+    model, opt = accelerator.prepare(net, optimizer(GSAM, net))
+    expected = network()
+    alone = optimizer(GSAM, expected)
+    x, y = next(iter(loader()))
+    for _ in range(2):
+        for each, own in ((model, opt.optimizer), (expected, alone)):
+            torch.manual_seed(1)
+            two_calls(own, lambda each=each, own=own: (own.zero_grad(), F.cross_entropy(each(x), y).backward()))
+        model, opt = pickle.loads(pickle.dumps((model, opt)))
+    torch.testing.assert_close(weights(accelerator.unwrap_model(model)), weights(expected), rtol=1e-6, atol=1e-7)
 
 
 def test_lightning_resumes_with_the_moments_of_the_base_optimizer(tmp_path):

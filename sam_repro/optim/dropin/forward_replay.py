@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 
 class ForwardHook:
-    """In front of a model's forward: tells the Passes that registered it, and nobody once they are gone.
+    """In front of a model's forward: tells the Passes that own it, as long as there are any.
 
-    A copy of the model, deep or pickled, gets a hook that does nothing: the optimizer is not that copy's.
+    A copy of the model, deep or pickled, has a hook that does nothing, unless its optimizer is copied with it.
     """
 
-    def __init__(self, passes: Passes | None = None):
-        self.owner = (lambda: None) if passes is None else weakref.ref(passes)
+    def __init__(self):
+        self.owner: Callable[[], Passes | None] = lambda: None  # a weak reference
 
     @torch._disable_dynamo  # a compiled model stays one graph, as torch's own optimizers do it
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -47,15 +47,17 @@ class Passes:
         self.model, self.base, self.robust = model, base, False
         self.clean: list[list[Tensor]] = []
         self.version = 0
-        self._watch()
+        if model is not None:
+            self.hook = ForwardHook()
+            self.handle = model.register_forward_pre_hook(self.hook)
+        self._own_hook()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._watch()
+        vars(self).update(state)  # the model's copy holds the copy of the hook
+        self._own_hook()
 
     def enter_robust(self) -> None:
         """The clean pass is over."""
-        self._watch()
         self.robust, self.after, self.replay = True, self.random_state(), list(self.clean)
         self.buffers = self.copies()
 
@@ -115,14 +117,7 @@ class Passes:
     def _gpus(self) -> list[torch.device]:
         return list(dict.fromkeys(p.device for p in self._parameters() if p.is_cuda))
 
-    def _watch(self) -> None:
-        """Register the hook, where the model has none of these passes, until they are gone.
-
-        A model that holds its optimizer is copied before its own attributes are: its hook comes with the first step.
-        """
-        hooks = {} if self.model is None else vars(self.model).get("_forward_pre_hooks")
-        if hooks is None or any(isinstance(hook, ForwardHook) and hook.owner() is self for hook in hooks.values()):
-            return
+    def _own_hook(self) -> None:
         if self.model is not None:
-            handle = self.model.register_forward_pre_hook(ForwardHook(self))
-            weakref.finalize(self, handle.remove).atexit = False
+            self.hook.owner = weakref.ref(self)
+            weakref.finalize(self, self.handle.remove).atexit = False

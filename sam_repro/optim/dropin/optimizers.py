@@ -325,7 +325,7 @@ class SharpnessAware(torch.optim.Optimizer):
         try:
             check_group(group)
         except ValueError:
-            self.param_groups.remove(group)
+            self.param_groups.pop()
             raise
 
     def __getstate__(self) -> dict[str, Any]:
