@@ -8,8 +8,9 @@
 
 Tables come in the order given, of each the first seed of every row before the second of any. A finished run is never
 repeated and an interrupted one resumes. A diverged run is a result: the queue goes on, and the exit code is 3. Ctrl-C,
-SIGTERM and SIGUSR2 save what runs and end the queue (128 + signal). With --gpus or --per-gpu, runs are spread over
-worker processes (logs in <runs_dir>/pool/); a run that fails or kills its worker stops nothing else (exit code 1).
+SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP save what runs and end the queue (128 + signal). With --gpus or --per-gpu, runs are
+spread over worker processes (logs in <runs_dir>/pool/); a run that fails or kills its worker stops nothing else (exit
+code 1).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from sam_repro.errors import UserError
 from sam_repro.paper.runs import Run
 from sam_repro.records.log import clock
 from sam_repro.runner.plan import finished, lost_start
-from sam_repro.runner.worker import STOPS
+from sam_repro.training.signals import STOPS, STOPS_AND_CTRL_C, handle, restore
 
 FAILURES = 3  # in a row, of different runs: the GPU is at fault, and takes no more of the queue
 GRACE = 45.0  # seconds that runs have to save when the budget is spent
@@ -116,7 +116,7 @@ class Pool:
 
     def work(self) -> int:
         """Run until nothing is left, a signal comes or the budget is spent; returns the exit code."""
-        before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        before = handle(STOPS_AND_CTRL_C, self.note)
         threads = [threading.Thread(target=self.serve, args=(i,), daemon=True) for i in range(len(self.slots))]
         try:
             for thread in threads:
@@ -128,8 +128,7 @@ class Pool:
             if spent or self.stopped_by is not None:
                 self.leave(threads, spent)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore(before)
         bad = set(self.outcomes.values()) & {"failed", "died", "diverged"}
         self.say(self.tally())
         if self.stopped_by is not None:

@@ -25,7 +25,7 @@ from sam_repro.records.lock import Held
 from sam_repro.records.log import clock
 from sam_repro.runner.plan import finished, lost_start, tables_and_overrides
 from sam_repro.runner.worker import fresh
-from sam_repro.training.signals import Interrupted, StopSignal
+from sam_repro.training.signals import STOPS, Interrupted, StopSignal, handle, restore
 
 DIVERGED = 3  # train.py's exit code
 
@@ -80,7 +80,7 @@ class Queue:
 
     def work(self) -> int:
         """Run until the queue is empty, a signal comes or the budget is spent."""
-        before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGUSR2)}
+        before = handle(STOPS, self.note)
         timer = threading.Timer(self.budget or 0, self.spend)
         timer.daemon = True
         if self.budget:
@@ -89,8 +89,7 @@ class Queue:
             return self.drain()
         finally:
             timer.cancel()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore(before)
 
     def drain(self) -> int:
         """The loop; returns the exit code."""

@@ -17,16 +17,14 @@ from typing import Any
 from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
 from sam_repro.records.lock import Held
-from sam_repro.training.signals import Interrupted
+from sam_repro.training.signals import STOPS, Interrupted, handle
 
 KEEP = 16  # runs after which a worker forgets its compiled code
-STOPS = (signal.SIGTERM, signal.SIGUSR2)  # blocked in a new worker (pool.py) until its first run has imported torch
 
 
 def main() -> None:
     """Answer until stdin ends or a run was told to stop."""
-    for number in STOPS:  # a run takes them over until it ends
-        signal.signal(number, leave)
+    handle(STOPS, leave)  # a run takes them over until it ends
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for runs, line in enumerate(sys.stdin, 1):
@@ -47,7 +45,7 @@ def attempt(task: dict[str, Any]) -> dict[str, str]:
     try:
         from sam_repro.training.main import main as train  # an exception in here leaves modules half made
 
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # which pool.py blocked in a new worker
         cfg = compose_config(task["overrides"])
         cfg.log.progress = "lines"
         if task["ledger"]:

@@ -167,6 +167,8 @@ def arm(moment: str, n: str) -> None:
         fit.rho_of = before(fit.rho_of, lambda *a: bool(time.sleep(float(n) / 1000)))
     elif moment == "patience":  # no death: seconds that the end waits for W&B
         tracking.PATIENCE = float(n)
+    elif moment == "nohup":  # no death: as a process that nohup starts
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     elif moment == "link":
         os.link = before(os.link, lambda source, target: "ledger" in str(target))
     else:

@@ -19,7 +19,7 @@ from sam_repro.records.log import read_log
 from sam_repro.training.data import batches
 from sam_repro.training.main import main
 from sam_repro.training.run_log import RunLog
-from sam_repro.training.signals import Interrupted
+from sam_repro.training.signals import STOPS_AND_CTRL_C, Interrupted
 
 # Those of Table 1.
 OTHERS = ("wrn28_10", "efficientnet_lite0", "vit_digits", "resnet18_cifar", "resnet50_cifar")  # not of Table 1
@@ -75,7 +75,7 @@ def test_a_run_that_fails_closes_its_log_for_the_next_one_of_the_process(tmp_pat
     assert log.file is not None and log.file.closed and log.bar.disable
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPS_AND_CTRL_C)
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     longer = ("recipe.steps=400", "train.log_every=5", "train.eval_every_epochs=0", "train.save_every_steps=0")
     process = Attempt(tmp_path, *longer)
@@ -88,6 +88,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     process = Attempt(tmp_path, *longer)
     process.reach(f"resumed at step {saved}")
     process.process.kill()
+
+
+def test_a_terminal_that_is_closed_does_not_end_what_nohup_started(tmp_path):
+    process = Attempt(tmp_path, fault="nohup 1")
+    process.reach("[12/120]")
+    process.send(signal.SIGHUP)
+    assert process.end() == 0, process.output
 
 
 def test_a_signal_while_the_final_sharpness_is_measured_is_heard(tmp_path):
