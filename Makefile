@@ -37,6 +37,7 @@ lint: $(READY) ## formatting, lint and types
 
 check: $(READY) ## derive every published number from the ledger again and compare
 	$(VENV)/bin/sam-repro check
+	$(PYTHON) benchmarks/report.py --check
 
 format: $(READY) ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff format .

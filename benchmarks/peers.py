@@ -30,13 +30,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from report import PAIRS, peers_table
+
 from sam_repro.config.compose import compose_config
 from sam_repro.config.schema import Config
 from sam_repro.distributed.ranks import Ranks, init_ranks
 from sam_repro.models.build import build_model
 from sam_repro.models.objective import loss_of
 from sam_repro.optim import build_base, decay_groups
-from sam_repro.paper.peers import PAIRS, table
 from sam_repro.records import ledger
 from sam_repro.runner.worker import fresh
 from sam_repro.training.data import batches, open_split
@@ -192,7 +193,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def main() -> None:
     args = arguments()
     if args.show:
-        print(table(json.loads(args.show.read_text())))
+        print(peers_table([json.loads(args.show.read_text())]))
         return
     sys.path.insert(0, str(args.peers))
     makers = {"davda54": davda54, "juntang": juntang}
@@ -210,7 +211,7 @@ def main() -> None:
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(peers_table([result]))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ that results/README.md and results/index.html are what `sam-repro report` makes 
     ...
     <!-- sam-repro end -->
 
-in README.md, docs/ and benchmarks/ are what that command prints (`speed`, of the measured speeds, likewise). Numbers
-belong in such blocks; nobody edits them.
+in README.md, docs/ and benchmarks/ are what that command prints. Numbers belong in such blocks; nobody edits them.
+The tables of our own benchmarks are checked by `python benchmarks/report.py --check`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ COMMANDS = {
     "table": "ours beside the paper's numbers, with intervals and verdicts",
     "figures": "draw a table's curves",
     "estimate": "what a table costs, from measured speeds",
-    "speed": "what a step costs, model by model, from results/benchmarks/",
     "status": "runs done, at work and missing, table by table",
     "sharpness": "eigenvalues, surrogate gap, slices of a trained run; the papers' toys",
     "report": "everything as one page, results/index.html",

@@ -10,16 +10,15 @@ from pathlib import Path
 
 from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
-from sam_repro.paper import scaling, speed
 from sam_repro.paper.ledger_join import join_table, join_tables
-from sam_repro.paper.render.overview import comparisons, overview
+from sam_repro.paper.render.overview import costs, overview
 from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.tables import FORMATS, render
 from sam_repro.paper.spec import load_table
 from sam_repro.records.ledger import read_row
 from sam_repro.records.row_schema import seal_of
 
-BLOCK = re.compile(r"(<!-- sam-repro ((?:table|speed)[^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- sam-repro (table[^\n]*?) -->\n)(.*?)(<!-- sam-repro end -->)", re.DOTALL)
 
 
 def rows_problems(folder: Path) -> Iterator[str]:
@@ -64,7 +63,7 @@ def generated(root: Path) -> Iterator[tuple[Path, str]]:
     parts, demo = join_tables([], rows), join_tables(["demo"], rows)
     yield root / "results" / "index.html", assemble(parts)
     drawn = {path.stem for path in (root / "results" / "figures").glob("*.svg")}
-    yield root / "results" / "README.md", overview(parts, comparisons([*demo, *parts]), drawn)
+    yield root / "results" / "README.md", overview(parts, costs([*demo, *parts]), drawn)
     for path in sorted([root / "README.md", *(root / "docs").rglob("*.md"), *(root / "benchmarks").glob("*.md")]):
         text = path.read_text() if path.is_file() else ""
         if BLOCK.search(text):
@@ -73,10 +72,7 @@ def generated(root: Path) -> Iterator[tuple[Path, str]]:
 
 def fill(command: str) -> str:
     """What `sam-repro <command>` prints."""
-    name, *words = shlex.split(command)
-    if name == "speed":
-        part = scaling if "--scaling" in words else speed
-        return part.table(part.load()) + "\n"
+    _, *words = shlex.split(command)
     parser = ArgumentParser(prog="sam-repro table", exit_on_error=False)
     parser.add_argument("table")
     parser.add_argument("--format", choices=sorted(FORMATS), default="md")

@@ -19,6 +19,7 @@ from sam_repro.paper.measured_speeds import (
     step_rate,
 )
 from sam_repro.paper.outcomes import Outcome
+from sam_repro.paper.render.numbers import number
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import Table
 from sam_repro.records.ledger import Row
@@ -93,19 +94,14 @@ def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None) -> st
     actual = f"{sum(row.get('hours', 0.0) for row in o.ledger):.2f} ({len(o.ledger)})" if o.ledger else "–"
     how = costs[0].how if costs else "shared with a row above, finished, or nothing to run"
     one = costs[0] if costs else Cost(0, None, None, "")
-    arithmetic = f"{number(one.forward):>6} {number(one.passes):>6}"
+    arithmetic = f"{number(one.forward, '.3g'):>6} {number(one.passes, '.3g'):>6}"
     return f"{len(costs):>4} {figures(add(costs), arithmetic, gpus, price)} {actual:>12}  {how}"
-
-
-def number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "–" if value is None else f"{value:.3g}"
 
 
 def figures(cost: Cost, arithmetic: str, gpus: int, price: float | None) -> str:
     """Images, GFLOP and passes, EFLOP, hours, days and price in columns."""
     hours = cost.hours
-    cells = [f"{cost.images:>10.3g}", arithmetic, f"{number(cost.eflop):>8}"]
+    cells = [f"{cost.images:>10.3g}", arithmetic, f"{number(cost.eflop, '.3g'):>8}"]
     cells += [f"{hours:>10.4g}", f"{hours / gpus / 24:>7.3g}"] if hours is not None else [f"{'–':>10}", f"{'–':>7}"]
     cells.append(f"{hours * price:>8.5g}" if hours is not None and price is not None else f"{'–':>8}")
     return " ".join(cells)
@@ -139,20 +135,19 @@ def row_costs(table: Table, found: list[Outcome], entries: list[Entry]) -> dict[
     return {o.row.id: add(cost_of(r, entries) for r in o.runs) for o in found if o.runs}
 
 
-def beside_actual(table: Table, found: Iterable[Outcome]) -> list[str]:
-    """Markdown rows, one for each hardware of known speed: hours of the finished runs, estimated and actual."""
-    runs = {r.run_id: r for o in found for r in o.runs}
-    rows = {row["run_id"]: row for o in found for row in o.ledger if row["status"] == "done"}
+def estimated_and_actual(table: Table, outcomes: Iterable[Outcome]) -> list[list[object]]:
+    """Cells of a line per hardware of known speed: hours of the finished runs, estimated and actual."""
+    runs = {r.run_id: r for o in outcomes for r in o.runs}
+    rows = {row["run_id"]: row for o in outcomes for row in o.ledger if row["status"] == "done"}
     lines = []
     for hardware in dict.fromkeys(row["hardware"] for row in rows.values()):
         entries = load_rates(hardware)
         here = [(row, cost_of(runs[i], entries).hours) for i, row in rows.items() if row["hardware"] == hardware]
-        known = [(row, hours) for row, hours in here if hours is not None]
+        known = [(row, hours) for row, hours in here if hours is not None and row.get("hours")]
         if known:
             estimated, actual = sum(hours for _, hours in known), sum(row["hours"] for row, _ in known)
             ratios = [hours / row["hours"] for row, hours in known]
             sharing = "–".join(map(str, sorted({row.get("sharing", 1) for row, _ in known})))
             cells = [table.title, hardware, sharing, len(known), f"{estimated:.3f}", f"{actual:.3f}"]
-            cells += [f"{estimated / actual:.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            lines.append([*cells, f"{estimated / actual:.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"])
     return lines

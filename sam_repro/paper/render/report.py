@@ -13,8 +13,9 @@ from sam_repro.paper.estimate import row_costs
 from sam_repro.paper.ledger_join import JoinedTable, join_tables
 from sam_repro.paper.outcomes import Outcome, curve
 from sam_repro.paper.render.chart import Chart, line_chart
+from sam_repro.paper.render.numbers import hours_words
 from sam_repro.paper.render.page import page
-from sam_repro.paper.render.sheet import hours_words, method_of, sheet_of
+from sam_repro.paper.render.sheet import method_of, sheet_of
 from sam_repro.records.ledger import Row
 
 OVERVIEW = ("table", "rows", "runs", "of", "within", "above", "below", "diverged", "one seed", "pending")

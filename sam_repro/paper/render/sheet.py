@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from sam_repro.paper.deviations import deviation_titles
 from sam_repro.paper.outcomes import Cell, Order, Outcome, Provenance, Winner, order_of_methods, provenance_of, winners
+from sam_repro.paper.render.numbers import hours_words, number, size
 from sam_repro.paper.spec import Column, Table, TableRow
 from sam_repro.paper.statistics import Interval
 
@@ -39,7 +40,7 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         line = [o.row.model, method_of(o.row) + "".join(f" [{w}]" for w in o.row.warnings)]
         for cell in o.cells:
             line += words_of(cell, o, compared=compared[cell.column.name])
-        line += [number(o.metric(name), 3) for name, _ in curves] + [number(o.step_ms, 1)] * timed
+        line += [number(o.metric(name), ".3f") for name, _ in curves] + [number(o.step_ms, ".1f")] * timed
         lines.append(line)
     return Sheet(
         title=table.title,
@@ -108,16 +109,6 @@ def size_note(column: Column, found: Iterable[Outcome]) -> str:
     return f"{column.title}: {lost}geometric mean and range over seeds"
 
 
-def size(value: float) -> str:
-    """Three digits, all of them from 1,000 on: 0.512, 13.5, 107,140."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-def number(value: float | None, digits: int) -> str:
-    """A plain number, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def comparisons(orders: list[Order], table: Table) -> list[str]:
     """'ViT-B/32: GSAM against SAM: +0.41 points (paired by seed, n=3, p=0.02): significant', and how many are left."""
     column, said = table.columns[0] if table.columns else None, []
@@ -155,11 +146,6 @@ def footnotes_of(table: Table) -> list[str]:
             origins.setdefault(row.origin, []).append(row.id)
     said = [f"Origin of {', '.join(ids)}: {origin}." for origin, ids in origins.items()]
     return [*table.notes, *said, *(f"{w}: {titles.get(w, 'see docs/DEVIATIONS.md')}" for w in sorted(cited))]
-
-
-def hours_words(hours: float) -> str:
-    """Two digits, all of them from 100 on: 0.073, 12, 4,300."""
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def sentences_of(p: Provenance | None) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import io
 
 from sam_repro.paper.outcomes import Outcome
+from sam_repro.paper.render.numbers import markdown_table
 from sam_repro.paper.render.page import table_page
 from sam_repro.paper.render.sheet import sheet_of
 from sam_repro.paper.spec import Table
@@ -19,11 +20,7 @@ def render(table: Table, outcomes: list[Outcome], form: str) -> str:
 def markdown(table: Table, found: list[Outcome]) -> str:
     """GitHub's Markdown, its columns padded so that it also reads well on a terminal."""
     s = sheet_of(table, found)
-    header, *lines = ([text.replace("|", r"\|") for text in line] for line in (s.header, *s.lines))
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    out = [f"### {s.title}", "", f"Source: {s.source}", ""]
-    for line in (header, ["-" * width for width in widths], *lines):
-        out.append("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |")
+    out = [f"### {s.title}", "", f"Source: {s.source}", "", markdown_table(s.header, s.lines, padded=True)]
     for part in (s.orders, s.footnotes, s.provenance):
         out += ["", *(f"* {sentence}" for sentence in part)] if part else []
     return "\n".join(out) + "\n"

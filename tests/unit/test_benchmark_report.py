@@ -1,4 +1,4 @@
-"""`sam-repro speed`: the table and the picture, from files as benchmarks/step.py writes them."""
+"""benchmarks/report.py: tables and pictures from files as step.py and scaling.py write them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sam_repro.cli.main import main
-from sam_repro.paper.check import fill
-from sam_repro.paper.speed import load, table
+from benchmarks.report import ROOT, load_peers, load_speed, main, peers_table, speed_table
 
 
 def result(model: str, **seconds: float) -> dict:
@@ -33,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_table_has_a_dash_for_what_was_not_run(folder: Path) -> None:
-    lines = table(load(folder)).splitlines()
+    lines = speed_table(load_speed(folder)).splitlines()
     assert lines[2] == "| vit | – | 5,120 | 50.0 % | 200.0 ms | 1.050 | 1.250 | 1.100 | – | +0.00 GB |"
     assert lines[3] == "| resnet | – | – | – | 400.0 ms | 1.000 | – | – | – | – |"
     assert "commit aaaaaaaa" in lines[-1] and "700 TFLOP/s for vit, 700 TFLOP/s for resnet" in lines[-1]
@@ -41,7 +39,7 @@ def test_table_has_a_dash_for_what_was_not_run(folder: Path) -> None:
 
 def test_other_hardware_is_named(folder: Path) -> None:
     (folder / "c.json").write_text(json.dumps(result("vit", floor=0.1) | {"hardware": "NVIDIA Y"}))
-    assert [line.split("|")[1].strip() for line in table(load(folder)).splitlines()[2:5]] == [
+    assert [line.split("|")[1].strip() for line in speed_table(load_speed(folder)).splitlines()[2:5]] == [
         "vit",
         "resnet",
         "vit (NVIDIA Y)",
@@ -56,11 +54,26 @@ def test_the_command_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_nothing_measured_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["speed", "--folder", str(tmp_path)]) == 2
-    assert "benchmarks/step.py" in capsys.readouterr().err
+    assert "is of speed" in capsys.readouterr().err
 
 
-def test_the_block_of_a_document_is_the_command() -> None:
-    assert fill("speed") == table(load()) + "\n"
+def test_the_documents_are_fresh_and_a_number_edited_by_hand_is_found(folder: Path, tmp_path: Path, capsys) -> None:
+    assert main(["--check"]) == 0
+    marks = "<!-- python benchmarks/report.py speed -->\n", "<!-- end of benchmarks/report.py -->\nLast line.\n"
+    (tmp_path / "README.md").write_text("".join(marks))
+    words = ["--root", str(tmp_path), "--folder", str(folder)]
+    assert main(["--check", *words]) == 1 and "is stale" in capsys.readouterr().out
+    assert main(["--write", *words]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text == speed_table(load_speed(folder)).join([marks[0], "\n" + marks[1]]) and main(["--check", *words]) == 0
+    (tmp_path / "README.md").write_text(text.replace("5,120", "5,210"))
+    assert main(["--check", *words]) == 1
+
+
+def test_peers_are_compared_by_the_seeds_that_both_have() -> None:
+    cpu, gpu = load_peers(ROOT / "results" / "benchmarks")
+    assert "| ours-sam | davda54 | 97.31 ± 0.40 | 97.49 ± 1.83 | -0.19 (n = 3, p = 0.69) |" in peers_table([cpu])
+    assert "(n = 2, p = 0.84)" in peers_table([gpu])
 
 
 def test_many_gpus_stand_beside_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +92,7 @@ def test_many_gpus_stand_beside_the_model(tmp_path: Path, capsys: pytest.Capture
     told = {"hardware": "NVIDIA X", "batch": 512, "rounds": 3, "steps": 8, "commit": "a" * 40}
     told |= {"versions": {"torch": "2.0", "timm": "1.0"}, "entries": rows}
     (tmp_path / "x-scaling.json").write_text(json.dumps(told))
-    assert main(["speed", "--scaling", "--folder", str(tmp_path), "--chart", str(tmp_path / "scaling")]) == 0
+    assert main(["scaling", "--folder", str(tmp_path), "--chart", str(tmp_path / "scaling")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| vit | gsam | 64 | 1 | 100.00 | – | – | – | 5,120 | – | – |"
     # N = 4: 2 x 3/4 x 329 MB / 329 GB/s = 1.5 ms; 100 / 101.5 = 98.5 %; measured 100 / 110
@@ -87,4 +100,4 @@ def test_many_gpus_stand_beside_the_model(tmp_path: Path, capsys: pytest.Capture
     assert lines[-3].startswith("4 x NVIDIA X, 512 resident images a GPU, bf16, compiled")
     assert "predicted" in (tmp_path / "scaling.svg").read_text()
     assert main(["speed", "--folder", str(tmp_path)]) == 2  # these are no steps
-    assert "benchmarks/step.py" in capsys.readouterr().err
+    assert "is of speed" in capsys.readouterr().err
