@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import psutil
 import yaml
 
-from sam_repro.config.checks import validate
+from sam_repro.config.checks import refuse_unread, validate
 from sam_repro.config.compose import explain, refuse_words, register_schema, typed
 from sam_repro.config.files import choices, config_dir, folders
 from sam_repro.errors import RankLost, UserError
@@ -106,8 +106,10 @@ def compose_and_train() -> list[str]:
         # A multirun's later runs start when they start.
         process_start = None if statuses else psutil.Process().create_time()
         try:
+            unresolved = str(cfg)
             config = typed(cfg)
             validate(config)
+            refuse_unread(config, task, unresolved)
             from sam_repro.training.main import main  # torch takes seconds: not before the words are known to be right
 
             statuses.append(main(config, task, process_start=process_start)["status"])

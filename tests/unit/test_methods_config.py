@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shutil
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from sam_repro.config.checks import validate
 from sam_repro.config.compose import choices, compose_config
-from sam_repro.config.schema import WORDS
+from sam_repro.config.schema import OptimConfig
 from sam_repro.errors import UserError
 from sam_repro.optim import COMBINATIONS, PERTURBATIONS, THREE_PASSES
 from sam_repro.optim.eigen_sam import PowerIteration
@@ -61,9 +62,10 @@ def test_methods_and_their_defaults(name):
 
 
 def test_words_are_the_engine_s():
-    assert WORDS["perturb"] == ("none", *PERTURBATIONS)
-    assert WORDS["combine"] == (*COMBINATIONS, *THREE_PASSES)
-    assert WORDS["renormalise"] == RENORMALISE
+    words = {f.name: f.metadata["within"] for f in dataclasses.fields(OptimConfig)}
+    assert words["perturb"] == ("none", *PERTURBATIONS)
+    assert words["combine"] == (*COMBINATIONS, *THREE_PASSES)
+    assert words["renormalise"] == RENORMALISE
 
 
 def test_defaults_are_the_engine_s():
