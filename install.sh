@@ -2,7 +2,7 @@
 # Make a virtual environment with the project in it: `./install.sh [folder]`, by default .venv.
 # FFCV compiles against OpenCV and libjpeg-turbo, our own decoder of crops (sam_repro/data/images/jpeg.c) against the latter. Where
 # apt may be used (root, or sudo without a password) they are installed; where not, one line says what to run, and the
-# project works with its torch loader and OpenCV's decoder.
+# project works with its torch loader and Pillow's decoder.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv=${1:-.venv}

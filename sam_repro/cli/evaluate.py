@@ -24,7 +24,17 @@ if TYPE_CHECKING:  # torch and timm take seconds: `--help` and what is mistyped 
     from torch import nn
 from sam_repro.config.compose import read_config
 
-OVERRIDES = ("backend", "image_size", "eval_resize", "interpolation", "mean", "std", "workers", "num_classes")
+OVERRIDES = (
+    "backend",
+    "image_size",
+    "eval_resize",
+    "interpolation",
+    "crop_mode",
+    "mean",
+    "std",
+    "workers",
+    "num_classes",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,8 +47,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time on each rank")
     parser.add_argument("--backend", choices=("auto", "ffcv", "torch"), help="default: that of the run, else torch")
     parser.add_argument("--image-size", type=int, help="side of the model's input in pixels")
-    parser.add_argument("--eval-resize", type=int, help="short side in pixels before the centre crop")
+    parser.add_argument("--eval-resize", type=int, help="side in pixels before the centre crop")
     parser.add_argument("--interpolation", choices=("area", "bilinear", "bicubic"), help="of that resize")
+    parser.add_argument("--crop-mode", choices=("center", "squash", "border"), help="which sides become --eval-resize")
     parser.add_argument("--mean", type=float, nargs=3, help="of pixels in [0, 1]")
     parser.add_argument("--std", type=float, nargs=3, help="likewise")
     parser.add_argument("--num-classes", type=int, help="outputs of the model")
@@ -109,13 +120,16 @@ def data_of(model: nn.Module) -> DataConfig:
     from timm.data import resolve_model_data_config
 
     wants = resolve_model_data_config(model)
-    size = wants["input_size"][-1]
+    height, size = wants["input_size"][1:]
+    if height != size:
+        raise UserError(f"this model sees images of {height} x {size} pixels; only squares are evaluated")
     return DataConfig(
         name="imagenet",
         num_classes=model.num_classes,  # pyright: ignore[reportArgumentType]
         image_size=size,
         eval_resize=math.floor(size / wants["crop_pct"]),
         interpolation=wants["interpolation"] if wants["interpolation"] == "bilinear" else "bicubic",
+        crop_mode=wants["crop_mode"] or "center",
         mean=list(wants["mean"]),
         std=list(wants["std"]),
         backend="torch",

@@ -8,8 +8,8 @@ are equal on every machine.
 Training (`inception`) follows the rule of TensorFlow's sample_distorted_bounding_box, which the papers' code uses:
 the aspect ratio is uniform, then the *height* is uniform among those that keep the area in range (so the area is not
 uniform), up to 100 attempts, then the whole image. Evaluation resizes the short side by exact area averaging and
-cuts the centre (big_vision's resize_small and central_crop), or does both as Pillow and torchvision do, with their
-bilinear or bicubic filter, for weights that were trained elsewhere.
+cuts the centre (big_vision's resize_small and central_crop). For weights that were trained elsewhere it does what timm
+does, to the pixel: Pillow's bilinear or bicubic filter, torchvision's sizes, and timm's three crop modes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from PIL import Image
 
 from sam_repro.config.schema import AugmentConfig, DataConfig
 
@@ -25,6 +26,9 @@ CENTRE, INCEPTION, PAD = 0, 1, 2
 ATTEMPTS = 100  # TensorFlow's max_attempts
 PLAIN, AREA, BILINEAR, BICUBIC = 0, 1, 2, 3  # filters: bilinear without antialiasing, area average, Pillow's two
 FILTERS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}  # data.interpolation
+PILLOW = (BILINEAR, BICUBIC)
+SHORT, BOTH, LONG = 0, 1, 2  # which sides of the image become `resize` pixels
+FITS = {"center": SHORT, "squash": BOTH, "border": LONG}  # data.crop_mode
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -38,7 +42,9 @@ class Geometry(NamedTuple):
 
     mode: int  # CENTRE | INCEPTION | PAD
     size: int  # pixels: side of the square output
-    resize: int  # CENTRE: short side before the cut
+    resize: int  # CENTRE: pixels of the sides in `fit` before the cut
+    fit: int  # SHORT | BOTH | LONG
+    fill: tuple[int, int, int]  # CENTRE: RGB where the output reaches beyond the resized image
     area_min: float  # INCEPTION: fraction of the image's area
     area_max: float
     ratio_min: float  # INCEPTION: width / height
@@ -67,9 +73,25 @@ def training_geometry(data: DataConfig, augment: AugmentConfig) -> Geometry:
 
 
 def evaluation_geometry(data: DataConfig) -> Geometry:
-    """Short side to data.eval_resize, then the centre square of data.image_size."""
+    """The sides that data.crop_mode names to data.eval_resize, then the centre square of data.image_size.
+
+    What lies beyond the resized image is black, and of the mean colour with crop_mode=border, as timm does it.
+    """
+    fit = FITS[data.crop_mode]
+    red, green, blue = (round(255 * mean) if fit == LONG else 0 for mean in data.mean)
     return Geometry(
-        CENTRE, data.image_size, data.eval_resize, 1.0, 1.0, 1.0, 1.0, 0, False, FILTERS[data.interpolation]
+        mode=CENTRE,
+        size=data.image_size,
+        resize=data.eval_resize,
+        fit=fit,
+        fill=(red, green, blue),
+        area_min=1.0,
+        area_max=1.0,
+        ratio_min=1.0,
+        ratio_max=1.0,
+        pad=0,
+        flip=False,
+        filter=FILTERS[data.interpolation],
     )
 
 
@@ -157,41 +179,53 @@ def crop_box(seed, epoch, index, height, width, geometry):
 
 
 @njit(cache=True, nogil=True)
-def _tap(x, cubic):
-    """Pillow's filters at distance x >= 0: the triangle, or Keys' cubic with a = -1/2."""
-    if not cubic:
-        return max(1.0 - x, 0.0)
-    if x < 1.0:
-        return (1.5 * x - 2.5) * x * x + 1.0
-    return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0 if x < 2.0 else 0.0
+def _fit(h, w, geometry):
+    """(height, width) of a resized image or box of h x w pixels, and its row and column at which the output begins.
+
+    Where the output is larger than the resized image, the latter two are negative.
+    """
+    size = geometry.size
+    if geometry.mode == INCEPTION:
+        return size, size, 0, 0
+    pillow, to = geometry.filter in PILLOW, geometry.resize if geometry.mode == CENTRE else size
+    if geometry.fit == BOTH:
+        fit_h, fit_w = to, to
+    elif geometry.fit == LONG:  # timm's ResizeKeepRatio
+        ratio = max(h / to, w / to)
+        fit_h, fit_w = int(np.rint(h / ratio)), int(np.rint(w / ratio))
+    elif pillow:  # torchvision's Resize truncates
+        fit_h, fit_w = to * h // min(h, w), to * w // min(h, w)
+    else:
+        ratio = to / min(h, w)
+        fit_h, fit_w = int(np.rint(h * ratio)), int(np.rint(w * ratio))
+    fit_h, fit_w = max(fit_h, 1), max(fit_w, 1)  # of a sliver
+    return fit_h, fit_w, _start(fit_h, size, pillow), _start(fit_w, size, pillow)
+
+
+@njit(cache=True, nogil=True)
+def _start(length, size, pillow):
+    """The first of `size` pixels in the middle of `length`; torchvision's CenterCrop rounds half to even."""
+    if length < size:
+        return -((size - length) // 2)
+    return int(np.rint((length - size) / 2)) if pillow else (length - size) // 2
 
 
 @njit(cache=True, nogil=True)
 def _axis(length, resized, start, count, filter):
     """Resampling one axis from `length` to `resized` pixels, output pixels start .. start + count - 1.
 
-    Returns (first, taps, weights): output j is the sum over t < taps[j] of weights[j, t] * input[first[j] + t].
-    Half-pixel centres. Area averages exact fractional boxes; it is used only to shrink, plain bilinear otherwise.
-    Pillow's filters widen with the scale when they shrink.
+    Returns (first, taps, weights): int64 [count], int64 [count], fp32 [count, taps at most]. Output j is the sum over
+    t < taps[j] of weights[j, t] * input[first[j] + t]; it has no taps where it lies beyond the image. Half-pixel
+    centres. Area averages exact fractional boxes; it is used only to shrink, plain bilinear otherwise.
     """
     scale = length / resized
-    pillow = filter >= BILINEAR
-    stretch = max(scale, 1.0)
-    support = (2.0 if filter == BICUBIC else 1.0) * stretch
     first = np.empty(count, np.int64)
     taps = np.empty(count, np.int64)
-    weights = np.zeros((count, int(np.ceil(2 * support if pillow else scale)) + 2), np.float32)
+    weights = np.zeros((count, int(np.ceil(scale)) + 2), np.float32)
     for j in range(count):
         out = start + j
-        if pillow:
-            centre = (out + 0.5) * scale
-            begin, end = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
-            total = 0.0
-            for i in range(begin, end):
-                total += _tap(abs(i + 0.5 - centre) / stretch, filter == BICUBIC)
-            for i in range(begin, end):
-                weights[j, i - begin] = _tap(abs(i + 0.5 - centre) / stretch, filter == BICUBIC) / total
-            first[j], taps[j] = begin, end - begin
+        if out < 0 or out >= resized:
+            first[j], taps[j] = 0 if out < 0 else length, 0
         elif filter == AREA and scale > 1.0:
             low, high = out * scale, (out + 1) * scale
             begin, end = int(np.floor(low + 1e-9)), int(np.ceil(high - 1e-9))
@@ -209,32 +243,8 @@ def _axis(length, resized, start, count, filter):
 
 
 @njit(cache=True, nogil=True)
-def _clip(value):
-    """Into the range of uint8."""
-    return min(max(value, np.float32(0.0)), np.float32(255.0))
-
-
-@njit(cache=True, nogil=True)
-def axes(h, w, geometry):
-    """`_axis` of the rows and of the columns of a box of h x w pixels: all of the output's resampling."""
-    size = geometry.size
-    fit_h, fit_w = size, size
-    y_start, x_start = 0, 0
-    if geometry.mode != INCEPTION:
-        ratio = (geometry.resize if geometry.mode == CENTRE else size) / min(h, w)
-        if geometry.filter >= BILINEAR:  # torchvision's Resize truncates, and its CenterCrop rounds half to even
-            fit_h, fit_w = int(h * ratio + 1e-9), int(w * ratio + 1e-9)
-            y_start, x_start = int(np.rint((fit_h - size) / 2)), int(np.rint((fit_w - size) / 2))
-        else:
-            fit_h, fit_w = int(np.rint(h * ratio)), int(np.rint(w * ratio))
-            y_start, x_start = (fit_h - size) // 2, (fit_w - size) // 2
-    rows = _axis(h, fit_h, y_start, size, geometry.filter)
-    return rows, _axis(w, fit_w, x_start, size, geometry.filter)
-
-
-@njit(cache=True, nogil=True)
-def _resample(image, top, left, rows, columns, filter, flip, out):
-    """The box of `image` at (top, left), resampled by `axes` and written to `out` (uint8, rounded half up).
+def _resample(image, top, left, rows, columns, fill, flip, out):
+    """The box of `image` at (top, left), resampled by two `_axis` and written to `out` (uint8, rounded half up).
 
     Columns first: adding whole rows is the part that the processor's vector unit does well.
     """
@@ -260,16 +270,30 @@ def _resample(image, top, left, rows, columns, filter, flip, out):
                 blue += weight * line[at + _TWO]
                 at += _THREE
             to = out.shape[1] - 1 - x if flip else x
-            if filter == BICUBIC:  # the one filter with negative weights
-                red, green, blue = _clip(red), _clip(green), _clip(blue)
-            out[y, to, 0], out[y, to, 1], out[y, to, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
+            if y_taps[y] * x_taps[x] == 0:
+                out[y, to, 0], out[y, to, 1], out[y, to, 2] = np.uint8(fill[0]), np.uint8(fill[1]), np.uint8(fill[2])
+            else:
+                out[y, to, 0], out[y, to, 1], out[y, to, 2] = np.uint8(red), np.uint8(green), np.uint8(blue)
+
+
+def render_any(image: np.ndarray, out: np.ndarray, geometry: Geometry, seed: int, epoch: int, index: int) -> None:
+    """`render` with every filter: Pillow's by Pillow itself, whose order of passes depends on its version."""
+    if geometry.filter in PILLOW:
+        height, width, top, left = _fit(*image.shape[:2], geometry)
+        sampling = Image.Resampling.BICUBIC if geometry.filter == BICUBIC else Image.Resampling.BILINEAR
+        view = Image.new("RGB", (geometry.size, geometry.size), geometry.fill)
+        view.paste(Image.fromarray(image).resize((width, height), sampling), (-left, -top))
+        image = np.array(view)
+        geometry = geometry._replace(filter=PLAIN, resize=geometry.size, fit=SHORT)  # which copy it
+    render(image, out, geometry, seed, epoch, index)
 
 
 @njit(cache=True, nogil=True)
 def render(image, out, geometry, seed, epoch, index):
-    """Cut, resample and flip one sample.
+    """Cut, resample and flip one sample; not with Pillow's filters, for which there is `render_any`.
 
-    image: uint8 [H, W, 3], C-contiguous; out: uint8 [size, size, 3], overwritten.
+    image: uint8 [H, W, 3], C-contiguous; out: uint8 [size, size, 3], overwritten. geometry: a Geometry.
+    seed, epoch, index: name the random stream of the sample (see `stream`).
     """
     top, left, h, w, flip = crop_box(seed, epoch, index, image.shape[0], image.shape[1], geometry)
     render_box(image, top, left, h, w, flip, out, geometry)
@@ -282,9 +306,11 @@ def render_box(image, top, left, h, w, flip, out, geometry):
     if geometry.mode == PAD:
         top, left, h, w = 0, 0, image.shape[0], image.shape[1]
         target = np.empty_like(out)
-    rows, columns = axes(h, w, geometry)
+    fit_h, fit_w, y_start, x_start = _fit(h, w, geometry)
+    rows = _axis(h, fit_h, y_start, size, geometry.filter)
+    columns = _axis(w, fit_w, x_start, size, geometry.filter)
     # One call: each further one, with constants for arguments, would be compiled for itself.
-    _resample(image, top, left, rows, columns, geometry.filter, flip, target)
+    _resample(image, top, left, rows, columns, geometry.fill, flip, target)
     if geometry.mode == PAD:
         shift_x = -shift_x if flip else shift_x  # what is shifted is mirrored already
         for y in range(size):

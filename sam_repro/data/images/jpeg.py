@@ -1,6 +1,6 @@
 """jpeg.c, compiled on first use and kept in the user's cache, as a function that numba's kernels can call.
 
-It needs a C compiler and the header of libjpeg-turbo (libjpeg-dev); without them OpenCV decodes whole images, with the
+It needs a C compiler and the header of libjpeg-turbo (libjpeg-dev); without them Pillow decodes whole images, with the
 same pixels.
 """
 

@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from sam_repro.data.datasets import ArraySource, BetonSource, Source
-from sam_repro.data.images.crop import CENTRE, INCEPTION, PLAIN, Geometry, crop_box, render
+from sam_repro.data.images.crop import CENTRE, INCEPTION, PLAIN, Geometry, crop_box, render_any
 from sam_repro.data.loaders.batch_order import BatchPlan
 from sam_repro.data.loaders.batches import CHUNK
 
@@ -124,7 +124,7 @@ def decode_all(source: Source, indices: np.ndarray, geometry: Geometry, workers:
 
         def task(index: int) -> np.ndarray:
             out = np.empty((geometry.size, geometry.size, 3), np.uint8)
-            render(source.read(index), out, whole, 0, 0, index)
+            render_any(source.read(index), out, whole, 0, 0, index)
             return out
 
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:

@@ -10,7 +10,7 @@ from numba import njit, types
 from sam_repro.data.datasets import BetonSource, Source
 from sam_repro.data.images import jpeg
 from sam_repro.data.images.augment import rand_augment
-from sam_repro.data.images.crop import Geometry, render
+from sam_repro.data.images.crop import PILLOW, Geometry, render, render_any
 
 NOTHING = np.empty(0, np.uint8)
 _pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.uint64, types.int64))
@@ -21,7 +21,8 @@ class BatchRenderer:
 
     def __init__(self, source: Source, geometry: Geometry, seed: int, magnitude: int = 0) -> None:
         self.source, self.geometry, self.seed, self.magnitude = source, geometry, seed, magnitude
-        self.obstacle = jpeg.load()  # why whole images are decoded, by OpenCV
+        # Why whole images are decoded, by Pillow.
+        self.obstacle = "Pillow resizes them" if geometry.filter in PILLOW else jpeg.load()
         self.scratch = threading.local()
 
     def __call__(self, indices: np.ndarray, out: np.ndarray, epoch: int, memory: np.ndarray = NOTHING) -> None:
@@ -42,8 +43,8 @@ class BatchRenderer:
         elif not self.obstacle:
             for k, index in enumerate(indices):
                 failed[k] = not self._fill_one(index, out[k], epoch)
-        for k in np.flatnonzero(failed):  # no JPEG, an odd one, or a damaged one: OpenCV decides, and names the sample
-            render(self.source.read(indices[k]), out[k], self.geometry, self.seed, epoch, indices[k])
+        for k in np.flatnonzero(failed):  # no JPEG, an odd one, or a damaged one: Pillow decides, and names the sample
+            render_any(self.source.read(indices[k]), out[k], self.geometry, self.seed, epoch, indices[k])
         if self.magnitude:
             for index, target in zip(indices, out, strict=True):
                 rand_augment(target, self.magnitude, seed=self.seed, epoch=epoch, index=index)
