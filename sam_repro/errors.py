@@ -30,18 +30,19 @@ class RankLost(Exception):
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Cannot allocate memory")
 
 
-def out_of_memory(error: BaseException, device: str) -> OutOfMemory | None:
-    """The sentence for an exception that says that memory lacked on `device`, "cuda" or "cpu"; None for any other."""
+def out_of_memory(error: BaseException) -> OutOfMemory | None:
+    """One sentence for an exception that says that memory lacked, on a GPU or beside it; None for any other."""
     if isinstance(error, OutOfMemory):
         return error
+    text = str(error)
     by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    by_words = isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in MEMORY_WORDS)
+    by_words = isinstance(error, (RuntimeError, OSError)) and any(words in text for words in MEMORY_WORDS)
     if not by_class and not by_words:
         return None
-    wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    gpu = any(name in text for name in ("CUDA", "CUBLAS", "CUDNN"))
+    wanted = re.search(r"allocate ([\d.]+ \w+)", text)
     return OutOfMemory(
-        f"{'the GPU' if device == 'cuda' else 'this machine'} has no memory left"
-        + (f" for another {wanted[1]}" if wanted else "")
-        + ": take fewer images at once, with train.chunk=N, and in evaluations with data.eval_batch_size=N; "
+        f"{'the GPU' if gpu else 'this machine'} has no memory left{f' for another {wanted[1]}' if wanted else ''}: "
+        "take fewer images at once, with train.chunk=N, or with data.eval_batch_size=N in evaluations; "
         "what was saved is intact"
     )

@@ -12,7 +12,7 @@ from io import TextIOWrapper
 
 from sam_repro import __version__
 from sam_repro.config.compose import nearest
-from sam_repro.errors import RankLost, UserError
+from sam_repro.errors import RankLost, UserError, out_of_memory
 from sam_repro.records.failure import is_about_files
 
 # module of this package: what it does, in one line
@@ -57,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except (RuntimeError, MemoryError) as error:
+        lacking = out_of_memory(error)
+        if lacking is None:
+            raise
+        print(f"error: {lacking}", file=sys.stderr)
+        return lacking.code
     except ModuleNotFoundError as error:  # the paper half was installed alone
         if error.name is None or error.name.startswith("sam_repro"):
             raise

@@ -97,7 +97,7 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:  # gloo's and NCCL's word for a peer that is gone
-            ours = out_of_memory(error, self.device.type) or "CUDA error" in str(error)
+            ours = out_of_memory(error) or "CUDA error" in str(error)
             if self.heart is None or ours:
                 raise
             raise self.heart.why(error) from error
@@ -159,19 +159,13 @@ def init_ranks(device: str, watch_minutes: float | None = None) -> Ranks:
     Args:
         watch_minutes: the ranks watch each other, and one that gets nowhere for this long ends and says for whom it
             waited. For work that ends together, with finish(). None: only the process group's own time-out.
+
+    Raises:
+        UserError: if the device is not there, or the launcher's variables are set in part.
+        RankLost: if the ranks did not meet.
     """
     env = os.environ
-    if "RANK" in env:
-        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        local_rank = int(env["SLURM_LOCALID"])
-        local_world = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
-        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-    else:
-        rank, world, local_rank, local_world = 0, 1, 0, 1
+    rank, world, local_rank, local_world = launched()
     where = pick_device(device, local_rank)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
@@ -187,6 +181,45 @@ def init_ranks(device: str, watch_minutes: float | None = None) -> Ranks:
             raise RankLost(f"the {world} ranks did not meet at {meeting} ({first_line(error)})") from error
         return Ranks(rank, world, local_rank, local_world, where, heart)
     return Ranks(rank, world, local_rank, local_world, where)
+
+
+def launched() -> tuple[int, int, int, int]:
+    """(rank, world, rank on this node, ranks on this node), as the launcher's variables say; (0, 1, 0, 1) without one.
+
+    SLURM's count in a step: in a shell of `salloc -n4`, SLURM_NTASKS is 4 and nothing else was started.
+    """
+    env = os.environ
+    if "RANK" in env or "WORLD_SIZE" in env:
+        rank, world = variable("RANK", 0 if env.get("WORLD_SIZE") == "1" else None), variable("WORLD_SIZE")
+        if world > 1:
+            variable("MASTER_PORT")
+            if not env.get("MASTER_ADDR"):
+                raise UserError(f"RANK is set, but MASTER_ADDR is not; {LAUNCH}")
+        needed = world > 1 and torch.cuda.device_count() > 1  # else all ranks of a node would take its first GPU
+        local_rank, local_world = variable("LOCAL_RANK", None if needed else 0), variable("LOCAL_WORLD_SIZE", 1)
+    elif "SLURM_PROCID" in env and variable("SLURM_STEP_NUM_TASKS", 1) > 1:
+        rank, world, local_rank = variable("SLURM_PROCID"), variable("SLURM_STEP_NUM_TASKS"), variable("SLURM_LOCALID")
+        local_world = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
+        env.setdefault("MASTER_PORT", str(20000 + variable("SLURM_JOB_ID", 0) % 20000))
+    else:
+        return 0, 1, 0, 1
+    if not rank < world:
+        raise UserError(f"rank {rank} of {world} processes does not exist: they count from 0; {LAUNCH}")
+    return rank, world, local_rank, local_world
+
+
+LAUNCH = "torchrun and srun set all that ranks need; for one process, unset RANK and WORLD_SIZE"
+
+
+def variable(name: str, default: int | None = None) -> int:
+    """A whole number, 0 or greater, that a launcher left in the environment."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isascii() or not text.isdigit():
+        other = "WORLD_SIZE" if name == "RANK" else "RANK"
+        missing = f"{other} is set, but {name} is not" if text == "" else f"{name}={text} is no number of processes"
+        raise UserError(f"{missing}; {LAUNCH}")
+    return int(text)
 
 
 def first_host(nodelist: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,30 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from sam_repro.errors import UserError
+from sam_repro.records.files import sha256
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """timm-named weights of a run's directory, a checkpoint or a .safetensors file, in fp32 where floating."""
     path = Path(path).expanduser()
     path = path / "model.safetensors" if path.is_dir() else path
+    if path.exists():
+        check_digest(path)
     try:
         state = load_pickle(path, torch.device("cpu"))["model"] if path.suffix == ".pt" else load_file(path)
     except Exception as error:  # each library has its own for a missing or damaged file
         raise UserError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+def check_digest(path: Path) -> None:
+    """Raise UserError where the model card beside a run's weights says that they were others."""
+    card = path.with_name("model_card.md")
+    if path.name != "model.safetensors" or not card.is_file():
+        return
+    known = re.search(r"^SHA-256 of model\.safetensors: (\w+)$", card.read_text(errors="replace"), re.MULTILINE)
+    if known and sha256(path) != known[1]:
+        raise UserError(f"{path} is not the file that {card.name} describes: its SHA-256 is another, so it is damaged")
 
 
 def load_pickle(path: Path, device: torch.device) -> Any:

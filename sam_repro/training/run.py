@@ -98,7 +98,7 @@ def running(cfg: Config, process_start: float) -> Iterator[Run]:
                 ranks.on_loss(lambda why: failure.give_up(run_dir, lock, why))
             yield Run(name, run_dir, row_path, ranks, bf16, log, lock, signal, process_start, exits)
         except Exception as error:
-            error = out_of_memory(error, ranks.device.type) or error
+            error = out_of_memory(error) or error
             if lock is not None:
                 leave_trace(run_dir, lock, error)
             ranks.farewell(failure.sentence_of(error), failure.exit_code(error))

@@ -167,6 +167,8 @@ def arm(moment: str, n: str) -> None:
         fit.rho_of = before(fit.rho_of, lambda *a: bool(time.sleep(float(n) / 1000)))
     elif moment == "patience":  # no death: seconds that the end waits for W&B
         tracking.PATIENCE = float(n)
+    elif moment == "hungry":  # no death: more memory is asked for than there is
+        fit.rho_of = before(fit.rho_of, last=lambda *a: torch.empty(2**60))
     elif moment == "nohup":  # no death: as a process that nohup starts
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     elif moment == "link":

@@ -90,6 +90,29 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     process.process.kill()
 
 
+def test_no_memory_is_one_sentence_with_a_code_of_its_own(tmp_path):
+    code, output = attempt(tmp_path, fault="hungry 6")
+    assert code == 4 and "Traceback" not in output and "train.chunk=N" in output, output
+    assert "train.chunk=N" in only(tmp_path, "runs/tiny/vit*/error.txt").read_text()
+    code, output = attempt(tmp_path)
+    assert code == 0 and "resumed at step 4" in output, output
+
+
+def test_what_is_refused_before_it_trains_leaves_no_failed_run(tmp_path):
+    code, output = attempt(tmp_path, "data=imagenette", f"data.root={tmp_path}/typo")
+    assert code == 2 and "typo" in output
+    assert not list(tmp_path.glob("runs/tiny/*_*")), list(tmp_path.glob("runs/tiny/*/*"))
+
+
+def test_a_run_that_is_done_wants_its_device_all_the_same(tmp_path):
+    words = ("recipe.steps=2", "recipe.warmup_steps=1")
+    assert attempt(tmp_path, *words)[0] == 0
+    code, output = attempt(tmp_path, *words)
+    assert code == 0 and "is done" in output
+    code, output = attempt(tmp_path, *words, "train.device=cuda", CUDA_VISIBLE_DEVICES="")
+    assert code == 2 and "no GPU" in output and "is done" not in output
+
+
 def test_a_terminal_that_is_closed_does_not_end_what_nohup_started(tmp_path):
     process = Attempt(tmp_path, fault="nohup 1")
     process.reach("[12/120]")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sam_repro.curvature import lanczos, power_iteration
 from sam_repro.distributed import heartbeat
 from sam_repro.distributed.ranks import Ranks, init_ranks
-from sam_repro.errors import LOST
+from sam_repro.errors import LOST, UserError
 from sam_repro.records.log import read_log
 
 LONG = ("recipe.steps=4000", "train.log_every=1", "train.save_every_steps=0", "train.eval_every_epochs=0")
@@ -201,6 +201,39 @@ def test_another_number_of_processes_after_every_checkpoint(tmp_path):
     a, b = (load_file(only(w, "runs/tiny/vit*/model.safetensors")) for w in (alone, changing))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+HALF = {
+    "RANK is set, but WORLD_SIZE is not": {"RANK": "0"},
+    "WORLD_SIZE is set, but RANK is not": {"WORLD_SIZE": "2"},
+    "RANK is set, but MASTER_PORT is not": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+    "RANK is set, but MASTER_ADDR is not": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
+    "RANK=zero is no number": {"RANK": "zero", "WORLD_SIZE": "2"},
+    "MASTER_PORT=any is no number": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "any", "MASTER_ADDR": "::1"},
+    "WORLD_SIZE=-1 is no number": {"RANK": "0", "WORLD_SIZE": "-1"},
+    "rank 2 of 2 processes does not exist": {"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "::1"},
+    "RANK is set, but SLURM_LOCALID is not": {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+}
+
+
+@pytest.mark.parametrize("sentence", HALF)
+def test_launcher_variables_that_are_set_in_part_are_one_sentence(sentence, monkeypatch):
+    for name, value in HALF[sentence].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence):
+        init_ranks("cpu")
+
+
+ALONE = [{}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}]
+
+
+@pytest.mark.parametrize("env", ALONE)
+def test_one_process_needs_no_launcher(env, monkeypatch):
+    """The last one is a shell in an allocation of four tasks, of which none was started."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    ranks = init_ranks("cpu")
+    assert (ranks.rank, ranks.world) == (0, 1)
 
 
 def test_one_rank_says_what_is_wrong_with_the_words_of_all(tmp_path):

@@ -19,7 +19,7 @@ LAW = {
     "optim": (),
     "distributed": ("errors",),
     "data": ("errors", "records", "config"),
-    "models": ("errors", "config"),
+    "models": ("errors", "records", "config"),
     "curvature": ("errors", "records", "config", "optim", "distributed", "data", "models"),
     "training": ("errors", "records", "config", "optim", "distributed", "data", "models", "curvature"),
     "paper": ("errors", "records", "config"),
