@@ -59,20 +59,21 @@ def cli() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    statuses: list[str] = []
     try:
         for folder in own:
             if not folder.is_dir():
                 raise UserError(f"there is no folder {folder} with configuration files")
         refuse_words(typed_overrides(), *own)
-        statuses = compose_and_train()
+        compose_and_train(statuses)
     except Interrupted:
         ignore_signals()
         raise
     except (UserError, RankLost) as error:
-        say(f"error: {error}")
+        say(f"error: {error}", statuses)
         sys.exit(failure.exit_code(error))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        say(f"error: {explain(error, typed_overrides(), *own)}")
+        say(f"error: {explain(error, typed_overrides(), *own)}", statuses)
         sys.exit(2)
     except OSError as error:
         if not failure.is_about_files(error):
@@ -86,14 +87,13 @@ def cli() -> None:
         sys.exit(3)
 
 
-def compose_and_train() -> list[str]:
-    """One run, or several with -m; returns their ledger rows' status."""
+def compose_and_train(statuses: list[str]) -> None:
+    """One run, or several with -m; `statuses` gets the status of each: "training", then that of its ledger row."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions come here instead of Hydra's own report
     register_schema()
-    statuses: list[str] = []
     refused: list[Exception] = []  # kept from Hydra, which would print a line of its own before ours
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
@@ -112,18 +112,18 @@ def compose_and_train() -> list[str]:
             refuse_unread(config, task, unresolved)
             from sam_repro.training.main import main  # torch takes seconds: not before the words are known to be right
 
-            statuses.append(main(config, task, process_start=process_start)["status"])
+            statuses.append("training")
+            statuses[-1] = main(config, task, process_start=process_start)["status"]
         except (UserError, RankLost, OSError) as error:
             refused.append(error)
 
     run()
     if refused:
         raise refused[0]
-    return statuses
 
 
-def say(sentence: str) -> None:
+def say(sentence: str, statuses: list[str]) -> None:
     """A line for the person who typed; before training all ranks refuse the same words, and one says why."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if "sam_repro.training.main" in sys.modules or rank == "0":
+    if statuses or rank == "0":
         print(sentence, file=sys.stderr)
