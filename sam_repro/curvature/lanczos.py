@@ -51,7 +51,7 @@ class Eigenpairs:
 def random_unit(operator: Operator, seed: int) -> Tensor:
     """A random unit vector, equal on all ranks: drawn on the host from `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(operator.size, dtype=operator.dtype, generator=generator).to(operator.device)
+    v = torch.randn(operator.size, dtype=operator.dtype, generator=generator, device="cpu").to(operator.device)
     return v / v.norm()
 
 

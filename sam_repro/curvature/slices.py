@@ -20,7 +20,7 @@ def filter_normalised(params: Mapping[str, Tensor], *, seed: int = 0) -> list[Te
     generator = torch.Generator().manual_seed(seed)
     direction = []
     for w in params.values():
-        d = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+        d = torch.randn(w.shape, generator=generator, dtype=w.dtype, device="cpu").to(w.device)
         if w.ndim < 2:
             direction.append(torch.zeros_like(w))
             continue

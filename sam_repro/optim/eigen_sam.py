@@ -144,7 +144,9 @@ class PowerIteration:
     def _start(self, hessian: Hessian) -> Tensor:
         """A unit vector, the same on every rank and device type."""
         generator = torch.Generator().manual_seed(self.seed)
-        v = hessian.flatten([torch.randn(s, generator=generator, dtype=hessian.dtype) for s in hessian.shapes])
+        v = hessian.flatten(
+            [torch.randn(s, generator=generator, dtype=hessian.dtype, device="cpu") for s in hessian.shapes]
+        )
         return v.to(hessian.device) / v.norm()
 
     def _operator(self, batch: tuple[Tensor, ...]) -> Hessian:

@@ -266,7 +266,7 @@ class LossHessian:
     def start(self, seed: int = 0) -> Tensor:
         """A random unit vector, the same on every rank."""
         generator = torch.Generator().manual_seed(seed)
-        v = self.flatten([torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in self.g])
+        v = self.flatten([torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu") for x in self.g])
         return v / v.norm()
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from problems import quadratic, vector
 from torch import nn
 from torch.testing import assert_close
 
-from sam_repro.optim.dropin.optimizers import GSAM, SAM
+from sam_repro.optim.dropin.optimizers import GSAM, SAM, SharpnessAware
 from sam_repro.optim.perturbations import sam
 
 H = vector(1, 10)[None]
@@ -135,6 +136,9 @@ def test_clipping_the_direction():
     assert float((w.detach() - vector(1, 1)).norm()) == pytest.approx(1.0, abs=1e-6)
 
 
+FRIENDLY = functools.partial(SharpnessAware, perturb="friendly")  # whose memory must not take an overflow
+
+
 def scaled_step(scaler, opt, loss, poison_clean=1.0, poison_robust=1.0):
     opt.zero_grad()
     scaler.scale(loss() * poison_clean).backward()
@@ -160,7 +164,7 @@ def test_gradscaler_changes_nothing_without_overflow():
 
 
 @pytest.mark.parametrize("where", ["poison_clean", "poison_robust"])
-@pytest.mark.parametrize("build", [SAM, GSAM])
+@pytest.mark.parametrize("build", [SAM, GSAM, FRIENDLY])
 def test_gradscaler_skips_a_step_with_an_overflow_in_either_pass(where, build):
     model, opt, loss = problem(lambda m: build(m.parameters(), torch.optim.AdamW, lr=0.01, rho=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

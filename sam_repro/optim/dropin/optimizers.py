@@ -291,7 +291,10 @@ class SharpnessAware(torch.optim.Optimizer):
         g = [-x if group.get("maximize") else x for x, group in zip(g, groups, strict=True)]
         self._align_memory(params)
         equal = len(set(radii)) == 1
-        eps = self.perturb(weights, g, radii[0] if equal else 1.0)
+        eps = getattr(self.perturb, "eps_from_memory", self.perturb)(weights, g, radii[0] if equal else 1.0)
+        # A gradient that overflowed is skipped by a GradScaler, and would stay in a running mean for ever.
+        if hasattr(self.perturb, "update_memory") and bool(squared_norm(g).isfinite()):
+            self.perturb.update_memory(g)  # pyright: ignore[reportFunctionMemberAccess]
         if not equal:
             for e, rho in zip(eps, radii, strict=True):
                 e.mul_(rho)
