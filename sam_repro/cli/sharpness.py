@@ -25,10 +25,11 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from sam_repro.errors import UserError
 
-# What there is to measure or draw, by what it needs; sharpness/pictures.py does it.
+# What there is to measure or draw, by what it needs.
 OF_WEIGHTS = ("convergence", "eigen", "gap", "slice", "spectrum")
 OF_LOGS = ("alignment", "decay")
 OF_NOTHING = ("sde", "toy")
@@ -57,39 +58,27 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Measure, write, and say where; returns the exit code. Raises UserError for bad input."""
     check(args)
-    from sam_repro.cli.sharpness_pictures import (
-        measured,  # torch takes seconds: not before the words are known to be right
-    )
-
     folder = args.run if args.run is None or args.run.is_dir() else args.run.parent
-    found = measured(args, folder)
-    if found is None:
+    numbers = measure(args, folder)
+    if numbers is None:
         return 0
-    numbers, draw = found
     output = args.output or (folder / "sharpness" if folder else Path("sharpness"))
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / f"{args.what}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write in {output}: {error}") from error
-    import matplotlib.pyplot as plt
-
-    from sam_repro.paper.render.style import RC, save
-
-    with plt.rc_context(RC):  # pyright: ignore
-        figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
-        draw(figure)
-        written = save(figure, output / args.what)
-        plt.close(figure)
-    for path in [output / f"{args.what}.json", *written]:
+    for path in [output / f"{args.what}.json", *draw(args.what, numbers, output)]:
         print(path)
     return 0
 
 
 def check(args: Namespace) -> None:
-    """Bad input, in one sentence."""
-    if (args.run is None) != (args.what in OF_NOTHING):
-        raise UserError(f"sharpness {args.what} {'needs' if args.run is None else 'takes no'} run directory")
+    """Bad input, in one sentence with what to type."""
+    if args.run is None and args.what not in OF_NOTHING:
+        raise UserError(f"sharpness {args.what} needs a run directory: sam-repro sharpness {args.what} runs/<run_id>")
+    if args.run is not None and args.what in OF_NOTHING:
+        raise UserError(f"sharpness {args.what} takes no run directory: sam-repro sharpness {args.what}")
     if args.run is not None and not args.run.exists():
         raise UserError(f"there is no {args.run}")
     for name in ("images", "batch_size", "n", "max_steps", "points", "starts", "p"):
@@ -99,3 +88,77 @@ def check(args: Namespace) -> None:
         for value in values:
             if not 0 < value < float("inf"):
                 raise UserError(f"--{name}={value} must be a finite number greater than 0")
+
+
+def measure(args: Namespace, folder: Path | None) -> dict[str, Any] | None:
+    """The numbers that `args.what` asks for; None on all ranks but the first."""
+    if args.what == "toy":
+        return toy()
+    if args.what == "sde":
+        return sde(args.seed)
+    assert folder is not None
+    if args.what in OF_WEIGHTS:
+        from sam_repro.curvature.reports import measure  # torch takes seconds: not before the words are right
+
+        return measure(args, folder)
+    return decay(folder) if args.what == "decay" else alignment(folder)
+
+
+def draw(what: str, numbers: dict[str, Any], output: Path) -> list[Path]:
+    """The picture of `numbers`, as files in `output`."""
+    import matplotlib.pyplot as plt
+
+    from sam_repro.cli.sharpness_pictures import DRAW
+    from sam_repro.paper.render.style import RC, save
+
+    with plt.rc_context(RC):  # pyright: ignore
+        figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
+        DRAW[what](figure, numbers)
+        written = save(figure, output / what)
+        plt.close(figure)
+    return written
+
+
+def decay(folder: Path) -> dict[str, Any]:
+    """What is left of an eigenvector after some steps of training: Eigen-SAM's rebuttal, Fig. 2."""
+    from sam_repro.curvature.from_log import decay_by_age, measurements
+
+    ages = decay_by_age(measurements(folder))
+    if not ages:
+        raise UserError(f"{folder}: no measurement has a former eigenvector to look back at")
+    means = {a: {k: sum(e[k]) / len(e[k]) for k in ("cosine", "quality")} for a, e in ages.items()}
+    for age, mean in means.items():
+        print(f"after {age} steps: |cos| {mean['cosine']:.3f}, v'Hv/lambda {mean['quality']:.3f}")
+    return {"run": folder.name, "ages": ages, "means": means}
+
+
+def alignment(folder: Path) -> dict[str, Any]:
+    """Alignment of the method's perturbation with the top eigenvector, and that eigenvalue, over training."""
+    from sam_repro.curvature.from_log import measurements
+
+    found = measurements(folder)
+    keys = ("step", "alignment", "lambda_max", "estimate", "first_order")
+    series = {key: [record[key] for record in found] for key in keys}
+    print(f"|cos(eps, v)| from {series['alignment'][0]:.3f} to {series['alignment'][-1]:.3f}")
+    return {"run": folder.name, **series}
+
+
+def toy() -> dict[str, Any]:
+    """Trajectories on the toy surface and how sharp it is where they end."""
+    from sam_repro.paper.toys.surface import as_data, trajectories
+
+    paths = trajectories()
+    for name, path in paths.items():
+        print(f"{name}: ends in the {path.end}, top eigenvalue {path.top:.2f}")
+    return as_data(paths)
+
+
+def sde(seed: int) -> dict[str, Any]:
+    """Mean weights of SAM's iterates and of the SDEs, and how far apart they are."""
+    from sam_repro.paper.toys.sde import simulate
+
+    found = simulate(seed=seed)
+    errors = {name: found.error(name) for name in found.weights if name != "sam"}
+    for name, error in errors.items():
+        print(f"{name}: max |E w_SAM - E X| = {error:.4f}")
+    return {"steps": found.steps, "loss": found.loss, "top_eigenvalue": found.top, "weak_error": errors}

@@ -1,4 +1,4 @@
-"""Curvature of a loss at given weights: Hessian products, eigenvalues, the surrogate gap, slices, toys."""
+"""Curvature of a loss at given weights: Hessian products, eigenvalues, the surrogate gap, slices."""
 
 from sam_repro.curvature.lanczos import Eigenpairs, dominant, lanczos, power_iteration, spectral_density
 from sam_repro.curvature.measures import alignment, sharpness

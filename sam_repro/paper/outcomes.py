@@ -107,7 +107,7 @@ def computed(row: TableRow, column: Column) -> float | None:
     """A value that needs no run: of GSAM's toy (Fig. 3), the top eigenvalue where a method ends."""
     if column.value != "toy.sharpness":
         return None
-    from sam_repro.paper.toy import descend
+    from sam_repro.paper.toys.surface import descend
 
     return descend(row.method_id).top
 

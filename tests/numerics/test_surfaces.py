@@ -16,11 +16,11 @@ from torch.testing import assert_close
 
 from sam_repro.cli.main import main
 from sam_repro.config.compose import compose_config
-from sam_repro.curvature.sde import network_loss, simulate, taylor
 from sam_repro.curvature.slices import filter_normalised, line, plane
 from sam_repro.optim import GradientStep
 from sam_repro.optim.hessian import Hessian
-from sam_repro.paper import toy
+from sam_repro.paper.toys import sde
+from sam_repro.paper.toys import surface as toy
 from sam_repro.training.main import main as train
 
 
@@ -81,17 +81,43 @@ def test_the_toy_is_the_engine(name, method):
     assert toy.top_eigenvalue(w.detach().numpy()) == pytest.approx(float(torch.linalg.eigvalsh(h)[-1]), rel=1e-12)
 
 
+def network_loss(w, x, y):
+    """The sde's problem written again, for autograd: one sample's loss."""
+    return 0.5 * ((w[:2] * torch.tanh(w[2:] * x)).sum() - y) ** 2
+
+
+def test_the_series_of_a_gradient_is_what_autograd_finds():
+    x, y = sde.regression(3)
+    w, u = np.array([0.9, -0.4, 0.7, 1.1]), np.array([0.3, -0.2, 0.5, 0.1])
+    series = sde.gradient_series(w, np.tile(u, (3, 1)), x, y)
+    for i in range(3):
+        f = lambda v, i=i: network_loss(v, x[i], y[i])  # noqa: E731
+        g, tw, tu = torch.func.grad(f), torch.tensor(w), torch.tensor(u)
+        along = lambda t, g=g, tw=tw, tu=tu: g(tw + t * tu)  # noqa: E731
+        zero = torch.zeros((), dtype=torch.float64)
+        first = torch.func.jacfwd(along)
+        for ours, theirs in zip(series, (along(zero), first(zero), torch.func.jacfwd(first)(zero) / 2), strict=True):
+            assert_close(torch.tensor(ours[i]), theirs, rtol=1e-10, atol=1e-12)
+    mean = lambda v: torch.stack([network_loss(v, *pair) for pair in zip(x, y, strict=True)]).mean()  # noqa: E731
+    loss, top = sde.loss_and_curvature(w, x, y)
+    assert loss == pytest.approx(float(mean(torch.tensor(w))))
+    assert top == pytest.approx(float(torch.linalg.eigvalsh(torch.func.hessian(mean)(torch.tensor(w)))[-1]))
+
+
 def test_taylor_terms_against_sam():
     """The truncation of order K leaves O(rho^K): halving rho divides the rest by 2^K."""
-    w = torch.tensor([1.0, -0.5, 0.8, 1.5], dtype=torch.float64)
-    f = lambda v: network_loss(v, torch.tensor(0.7).double(), torch.tensor(-0.4).double())  # noqa: E731
+    x, y = np.array([0.7]), np.array([-0.4])
+    w = np.array(sde.START)
     for order in (1, 2, 3):
-        rest = [(taylor(f, w, rho, 0) - taylor(f, w, rho, order)).norm() for rho in (0.02, 0.01)]
+        rest = [
+            np.linalg.norm(sde.all_gradients(w, x, y, rho, 0) - sde.all_gradients(w, x, y, rho, order))
+            for rho in (0.02, 0.01)
+        ]
         assert rest[0] / rest[1] == pytest.approx(2**order, rel=0.1)
 
 
 def test_higher_order_sdes_follow_sam_closer():
-    found = simulate(steps=60, replicas=400, record=20, rho=0.3)
+    found = sde.simulate(steps=60, replicas=400, record=20, rho=0.3)
     assert found.error("sde2") < found.error("sde1") and found.error("sde3") < found.error("sde1")
 
 
@@ -137,7 +163,7 @@ def test_commands_on_a_run(trained, capsys):
     ("arguments", "sentence"),
     [
         (["toy", "{run}"], "takes no run directory"),
-        (["eigen"], "needs run directory"),
+        (["eigen"], "needs a run directory: sam-repro sharpness eigen runs/<run_id>"),
         (["eigen", "/nowhere"], "there is no /nowhere"),
         (["eigen", "{run}", "--images", "0"], "--images=0 must be at least 1"),
         (["gap", "{run}", "--rho", "-0.1"], "--rho=-0.1 must be a finite number greater than 0"),

@@ -51,7 +51,6 @@ LATE = {
     "data.write.torchvision",
     "cli.evaluate",
     "cli.sharpness",
-    "cli.sharpness_pictures",  # imported by cli.sharpness when a measurement is wanted
     "cli.train",
     "runner.calibrate",
     "runner.queue",
@@ -104,7 +103,7 @@ def breaches(package: Path) -> list[str]:
             if (target := rest.split(".")[0]) not in (home, "__version__", *LAW[home]):
                 found.append(f"{module} imports {name}: {home} may not import {target}")
         for late in (False, True):
-            if not light or (late and module in LATE) or module == "cli.sharpness_pictures":
+            if not light or (late and module in LATE):
                 continue
             for name in sorted(imports(tree, late=late)):
                 parts = name.split(".")

@@ -10,7 +10,7 @@ from sam_repro.paper.outcomes import Cell, Outcome, curve, provenance_of
 from sam_repro.paper.render.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, logarithmic
 from sam_repro.paper.spec import UNREADABLE, Column, Table
 from sam_repro.paper.statistics import Interval, interval
-from sam_repro.paper.toy import draw_toy, trajectories
+from sam_repro.paper.toys.surface import draw_toy, trajectories
 from sam_repro.records.ledger import Row
 
 if TYPE_CHECKING:
