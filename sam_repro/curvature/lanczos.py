@@ -166,9 +166,15 @@ def lanczos(
     An eigenvalue's error is at most its residual, and about its square over the gap: tol=1e-3 gives six digits.
 
     Args:
+        operator: a symmetric map, such as a Hessian.
+        n: how many eigenpairs.
         which: "magnitude" (largest |lambda|, sign kept) | "top" (largest) | "bottom" (smallest).
+        tol: relative residual ||Hv - lambda v|| / |lambda| at which to stop.
         max_steps: products at most; each keeps one vector in memory.
-        start: first vector, such as a former eigenvector; None draws one from `seed`.
+        start: (size,) first vector, such as a former eigenvector; None draws one from `seed`.
+
+    Returns:
+        values (n,), vectors (n, size), residuals (n,) and what they cost.
 
     Raises:
         ValueError: more eigenvalues than the operator or `max_steps` has, or a product that is not finite.
@@ -192,7 +198,10 @@ def lanczos(
 
 
 def dominant(operator: Operator, *, tol: float = 1e-3, max_steps: int = 100, start: Tensor | None = None) -> Eigenpairs:
-    """The eigenvalue of largest magnitude, sign kept: sigma_max of the GSAM paper, section 3.3."""
+    """The eigenpair of largest |lambda|, sign kept: sigma_max of the GSAM paper, section 3.3.
+
+    Arguments, result and errors are those of `lanczos` with n = 1: `.value` and `.vectors[0]`.
+    """
     return lanczos(operator, 1, tol=tol, max_steps=max_steps, start=start)
 
 
@@ -207,9 +216,20 @@ def power_iteration(
 ) -> Eigenpairs:
     """The dominant eigenpair as the papers compute it: v <- Hv / ||Hv||, `steps` times, then its Rayleigh quotient.
 
-    Eigen-SAM paper, Algorithm 1. Costs steps + 1 products; `history` has the Rayleigh quotient and the relative
-    residual before each iteration and after the last; `visit` sees those vectors. Stops early where the residual falls
-    to `tol`.
+    Args:
+        operator: a symmetric map, such as a Hessian.
+        steps: iterations at most; they cost one product each, and one more at the end.
+        tol: relative residual at which to stop.
+        start: (size,) first vector; None draws one from `seed`.
+        visit: sees the vector before each iteration and after the last.
+
+    Returns:
+        one eigenpair; its `history` has the Rayleigh quotient and the relative residual of the vectors visited.
+
+    Raises:
+        ValueError: for steps < 1.
+
+    Source: Eigen-SAM paper, Algorithm 1.
     """
     if steps < 1:
         raise ValueError(f"power iteration takes at least 1 step, not {steps}")
@@ -247,7 +267,20 @@ def spectral_density(operator: Operator, *, probes: int = 1, steps: int = 50, se
     """Stochastic Lanczos quadrature: the distribution of all eigenvalues, from probes * steps products.
 
     For a random unit q, Lanczos turns q' g(H) q into sum_i s_{1i}^2 g(theta_i), exactly for polynomials up to degree
-    2 steps - 1; its mean over q is tr g(H) / size. Ubaru, Chen and Saad 2017.
+    2 steps - 1; its mean over q is tr g(H) / size.
+
+    Args:
+        operator: a symmetric map, such as a Hessian.
+        probes: random vectors q, drawn from `seed`.
+        steps: products per probe; as many vectors are kept meanwhile.
+
+    Returns:
+        weights that sum to 1 at (at most) probes * steps nodes.
+
+    Raises:
+        ValueError: for less than one probe or step.
+
+    Source: Ubaru, Chen and Saad 2017.
     """
     if probes < 1 or steps < 1:
         raise ValueError(f"a spectral density takes at least 1 probe of 1 step, not {probes} of {steps}")

@@ -12,18 +12,26 @@ from sam_repro.optim.perturbations import PERTURBATIONS
 
 
 def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
-    """The surrogate gap h at radius rho, and what it says of the dominant eigenvalue.
+    """The surrogate gap h at radius rho, and what it says about the dominant eigenvalue.
 
-    h = f_p - f with f_p = f(w + rho g / ||g||). Lemma 3.3 of the GSAM paper: sigma_max ~ 2h / rho^2 at a minimum.
-    Elsewhere 2h / rho^2 = 2||g|| / rho + g'Hg / ||g||^2 + O(rho), so the first term is given on its own: it says
-    nothing of curvature, and only where ||g|| << rho sigma_max may the estimate be read as an eigenvalue.
+        h = f_p - f,  f_p = f(w + rho g / ||g||)
+
+    At a minimum sigma_max ~ 2h / rho^2. Elsewhere 2h / rho^2 = 2||g|| / rho + g'Hg / ||g||^2 + O(rho), so the first
+    term is given on its own: it says nothing about curvature, and only where ||g|| << rho sigma_max may the estimate be
+    read as an eigenvalue.
+
+    Args:
+        hessian: of the loss; its images and weights are those of f.
+        rho: the radius, a norm over all weights.
 
     Returns:
-        loss, loss_robust, surrogate_gap, grad_norm; estimate = 2h/rho^2, first_order = 2||g||/rho, and their
+        rho, loss, loss_robust, surrogate_gap, grad_norm; estimate = 2h/rho^2, first_order = 2||g||/rho, and their
         difference curvature, which is g'Hg/||g||^2 <= sigma_max up to O(rho).
 
     Raises:
-        ValueError: a radius that is not positive.
+        ValueError: for a radius that is not positive.
+
+    Source: GSAM paper, Lemma 3.3.
     """
     if not rho > 0:
         raise ValueError(f"the surrogate gap needs a radius greater than 0, not {rho}")
@@ -46,9 +54,16 @@ def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
 
 
 def alignment(eps: Tensor | Sequence[Tensor] | Mapping[str, Tensor], v: Tensor) -> float:
-    """|<eps, v>| / (||eps|| ||v||): 1 where the perturbation looks along the top eigenvector. 0 for a zero eps.
+    """How far a perturbation looks along an eigenvector: |<eps, v>| / (||eps|| ||v||).
 
-    Eigen-SAM paper, section 4: SAM lowers the top eigenvalue as far as its perturbation is aligned with v.
+    Args:
+        eps: a flat vector (n,), or tensors of n numbers in all.
+        v: a flat vector (n,), in the same order.
+
+    Returns:
+        a number from 0 to 1; 0 for a zero eps.
+
+    Source: Eigen-SAM paper, section 4: SAM lowers the top eigenvalue as far as its perturbation is aligned with v.
     """
     if not isinstance(eps, Tensor):
         tensors = eps.values() if isinstance(eps, Mapping) else eps

@@ -2,7 +2,7 @@
 
 from sam_repro.optim.base_optimizer import build_base, decay_groups
 from sam_repro.optim.combinations import COMBINATIONS, THREE_PASSES
-from sam_repro.optim.dropin.optimizers import ASAM, GSAM, SAM, EigenSAM, SharpnessAware
+from sam_repro.optim.dropin.optimizers import ASAM, GSAM, SAM, EigenSAM, SharpnessAware, mean_over_ranks
 from sam_repro.optim.eigen_sam import PowerIteration
 from sam_repro.optim.entropy_sgd import EntropySGD
 from sam_repro.optim.looksam import LookSAMStep
@@ -22,14 +22,15 @@ __all__ = [
     "Eigen",
     "EigenSAM",
     "EntropySGD",
-    "LookSAMStep",
-    "SyncedStep",
     "GradientStep",
+    "LookSAMStep",
     "PowerIteration",
     "SharpnessAware",
+    "SyncedStep",
     "build_base",
     "build_perturbation",
     "decay_groups",
     "lr_at",
+    "mean_over_ranks",
     "rho_at",
 ]

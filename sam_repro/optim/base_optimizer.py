@@ -18,7 +18,16 @@ def is_kernel(name: str, parameter: Tensor) -> bool:
 def decay_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, *, decay: str = "kernels"
 ) -> list[dict]:
-    """Two parameter groups, decayed and not. `decay` is "kernels" (the reference) or "all"."""
+    """Two parameter groups, decayed and not; without an empty one.
+
+    Args:
+        named_parameters: (name, parameter) as a module gives them.
+        weight_decay: of the decayed group; the other's is 0.
+        decay: "kernels" decays matrices and convolutions (is_kernel: the reference), "all" everything.
+
+    Returns:
+        groups for a torch optimizer.
+    """
     decayed, plain = [], []
     for name, parameter in named_parameters:
         (decayed if decay == "all" or is_kernel(name, parameter) else plain).append(parameter)
@@ -40,7 +49,15 @@ def build_base(
 
     "sgd" and "adam" have coupled L2 decay, "adamw" and "adabelief" decay decoupled and times lr. AdaBelief is timm's,
     without rectification, as its authors ran ImageNet; they name eps 1e-8 there, and 1e-16 as their library's default
-    (D-28). Any other name is a class of torch.optim, such as "NAdam". Each class gets those arguments that it has.
+    (D-28). Any other name is a class of torch.optim, such as "NAdam".
+
+    Args:
+        name: of the optimizer.
+        groups: parameter groups, each with its weight_decay.
+        lr, momentum, nesterov, betas, eps: torch's arguments; each class gets those that it has.
+
+    Returns:
+        the optimizer.
 
     Raises:
         ValueError: for an unknown name, or a class whose step wants a closure or sparse gradients.

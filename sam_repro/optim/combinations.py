@@ -2,8 +2,9 @@
 
 Every combination here is linear, a g + b g_p, with coefficients that depend on three inner products only. So a
 combination maps (<g,g>, <g,g_p>, <g_p,g_p>, alpha) to (a, b), and the step needs no further pass over the
-parameters to know its direction. A coefficient that is always the same is a plain float. CR-SAM needs a third
-gradient and stands apart.
+parameters to know its direction. The inner products are 0-d tensors, or vectors with one number per group of images,
+and so are a and b; a coefficient that is always the same is a plain float. CR-SAM needs a third gradient and stands
+apart.
 """
 
 from __future__ import annotations

@@ -280,9 +280,16 @@ class LossHessian:
 
 
 def power_step(operator: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
-    """One power iteration: (H v / ||H v||, H v), for a unit vector v.
+    """One power iteration, v <- H v / ||H v||.
 
-    The first is v where H v is zero or not finite. The Rayleigh quotient of v is <v, H v>.
+    Args:
+        operator: a symmetric map of flat vectors.
+        v: (n,) a unit vector.
+
+    Returns:
+        (the next v, H v), both (n,). Where H v is zero or not finite, the next v is v. v's Rayleigh quotient is <v, H v>.
+
+    Source: Eigen-SAM paper, Algorithm 1.
     """
     hv = operator(v)
     length = hv.norm()

@@ -1,7 +1,9 @@
 """Where to look: the perturbation eps that a sharpness-aware step adds to the weights.
 
-A perturbation maps (params, grads, rho) to eps, one tensor a parameter, new memory each. `rho` is a float or a
-0-d tensor; it may be negative only where a caller asked for the reference's warm-up (docs/DEVIATIONS.md, D-05).
+A perturbation maps (params, grads, rho) to eps. `params`, `grads` and eps are lists with one tensor per parameter, of its
+shape; eps is new memory. `rho`, a float or a 0-d tensor, is the radius: the norm of eps over all parameters, in the
+perturbation's own metric. It is negative only where a caller asked for the reference's warm-up (docs/DEVIATIONS.md,
+D-05).
 
 Those without memory are functions. Those with memory are small classes with the same call, state_dict() and
 load_state_dict(). An engine whose step has several groups of images uses the two halves of their call:
@@ -238,7 +240,10 @@ class Eigen:
         faithful: before there is a v, perturb by rho g as the release does, not by rho g / ||g|| (D-29).
 
     Attributes:
-        v: one tensor a parameter, of length 1 in all; None before the first estimate.
+        v: one tensor per parameter, of length 1 in all; None before the first estimate.
+
+    Raises:
+        ValueError: for an unknown `renormalise`.
     """
 
     def __init__(self, *, alpha: float = 0.2, renormalise: str = "none", faithful: bool = False):
@@ -299,7 +304,14 @@ PERTURBATIONS: dict[str, Any] = {
 
 
 def build_perturbation(name: str, **options: Any) -> Perturbation:
-    """The perturbation called `name` with those of the `options` that it takes.
+    """The perturbation called `name`.
+
+    Args:
+        name: in PERTURBATIONS.
+        options: its arguments (eta, sigma, lam, theta, ...); those that it does not take are left out.
+
+    Returns:
+        a function, or an object with memory, that maps (params, grads, rho) to eps.
 
     Raises:
         ValueError: for an unknown name.

@@ -8,11 +8,26 @@ import math
 def lr_at(
     step: int, total: int, *, peak: float, warmup: int = 0, kind: str = "linear", min_ratio: float = 0.01
 ) -> float:
-    """The learning rate of update `step` (the first is 0) out of `total`.
+    """The learning rate of one update: a linear warm-up times a decay over the updates after it.
 
-    Linear warm-up from 0 over `warmup` updates, times a decay over the remaining ones: "linear" from `peak` to
-    `min_ratio` peak, "cosine" to 0 by half a period, or "constant". The official configuration's schedule
-    (big_vision, linear with end 0.01).
+        p = (step - warmup) / (total - warmup), within [0, 1]
+        linear: peak (1 - (1 - min_ratio) p)    cosine: peak (1 + cos(pi p)) / 2    constant: peak
+
+    Args:
+        step: number of the update; the first is 0.
+        total: updates of the whole run.
+        peak: the rate at the end of the warm-up.
+        warmup: updates over which the rate grows from 0, in proportion to `step`.
+        kind: "linear" | "cosine" | "constant".
+        min_ratio: of "linear", the last rate as a share of `peak`.
+
+    Returns:
+        the rate, not negative.
+
+    Raises:
+        ValueError: for an unknown `kind`.
+
+    Source: the official configuration (big_vision, trainers/proj/gsam), linear with end 0.01.
     """
     progress = min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
     if kind == "linear":
@@ -27,11 +42,21 @@ def lr_at(
 
 
 def rho_at(lr: float, *, lr_max: float, lr_min: float, rho_max: float, rho_min: float, faithful: bool = False) -> float:
-    """The radius tied to the learning rate: rho_min + (rho_max - rho_min)(lr - lr_min)/(lr_max - lr_min).
+    """The radius tied to the learning rate.
 
-    GSAM paper, Algorithm 1, step 0. In the warm-up lr starts below lr_min, where the formula falls under rho_min
-    and even under zero; it is clamped at 0 unless `faithful` asks for the reference's behaviour (D-05). A
-    constant learning rate gives rho_max.
+        rho = rho_min + (rho_max - rho_min) (lr - lr_min) / (lr_max - lr_min)
+
+    Args:
+        lr: of this step.
+        lr_max, lr_min: between which it moves after the warm-up. Where they are equal, rho is rho_max.
+        rho_max, rho_min: the radii there, as norms of the perturbation of all weights.
+        faithful: let rho be negative. In the warm-up lr starts below lr_min, where the formula falls under rho_min and
+            even under 0, as in the reference; else it is clamped at 0 (D-05).
+
+    Returns:
+        the radius.
+
+    Source: GSAM paper, Algorithm 1, step 0.
     """
     if lr_max == lr_min:
         return rho_max

@@ -392,30 +392,57 @@ class SharpnessAware(torch.optim.Optimizer):
 
 
 class SAM(SharpnessAware):
-    """SAM: descend grad f(w + rho g / ||g||). Foret et al. 2021. `adaptive` is davda54/sam's switch to ASAM."""
+    """SAM: descend grad f(w + rho g / ||g||).
+
+    Args (besides SharpnessAware's):
+        rho: radius, the norm of the perturbation over all weights.
+        adaptive: davda54/sam's switch to ASAM.
+
+    Source: Foret et al. 2021, eq. 2 and 3.
+    """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: float = 0.05, adaptive: bool = False, **kwargs: Any):
         super().__init__(params, base_optimizer, rho=rho, perturb="asam" if adaptive else "sam", **kwargs)
 
 
 class ASAM(SharpnessAware):
-    """ASAM: SAM in a ball that scales with the weights. Kwon et al. 2021."""
+    """ASAM: SAM in a ball that scales with the weights, eps = rho w^2 g / ||w g||.
+
+    Args (besides SharpnessAware's):
+        rho: radius in that metric: about ten times SAM's.
+
+    Source: Kwon et al. 2021, eq. 8, with eta = 0 and all parameters scaled.
+    """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: float = 0.5, **kwargs: Any):
         super().__init__(params, base_optimizer, rho=rho, **({"perturb": "asam"} | kwargs))
 
 
 class GSAM(SharpnessAware):
-    """GSAM: SAM's gradient, ascending the part of g orthogonal to it. GSAM paper, Algorithm 1."""
+    """GSAM: SAM's gradient less alpha times the part of g that is orthogonal to it.
+
+        d = g_p - alpha (g - (<g, g_p> / ||g_p||^2) g_p)
+
+    Args (besides SharpnessAware's):
+        rho: radius, the norm of the perturbation over all weights.
+        alpha: weight of the ascent; 0 is SAM.
+
+    Source: GSAM paper, Algorithm 1, steps 3 and 4.
+    """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: float = 0.05, alpha: float = 0.4, **kwargs: Any):
         super().__init__(params, base_optimizer, rho=rho, alpha=alpha, **({"combine": "ascent"} | kwargs))
 
 
 class EigenSAM(SharpnessAware):
-    """Eigen-SAM: SAM's direction turned towards the top eigenvector of the Hessian, which the loop renews.
+    """Eigen-SAM: SAM's direction turned towards the top eigenvector v of the Hessian, which the loop renews.
 
-    Call `update_eigenvector(loss)` every k steps. The perturbation has the attribute `v`: one tensor a parameter.
+        eps = rho (g^ + 0.2 sign(<g, v>) v_perp),  g^ = g / ||g||,  v_perp = v - <v, g^> g^
+
+    Call `update_eigenvector(loss)` every k steps; before the first call it is SAM. Another weight than 0.2:
+    perturb=Eigen(alpha=0.1). `opt.perturb.v` is v, one tensor per parameter.
+
+    Source: Luo et al. 2024, Algorithms 1 and 2.
     """
 
     def __init__(self, params: Any, base_optimizer: Any, *, rho: float = 0.05, **kwargs: Any):
@@ -451,6 +478,6 @@ class EigenSAM(SharpnessAware):
 
 
 def mean_over_ranks(flat: Tensor) -> None:
-    """Average a tensor over torch.distributed's ranks in place: an `average` for loops without DDP's reduction."""
+    """Average a flat tensor over torch.distributed's ranks in place: an `average` for loops without DDP's reduction."""
     dist.all_reduce(flat)
     flat.div_(dist.get_world_size())
