@@ -287,7 +287,8 @@ def power_step(operator: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor,
         v: (n,) a unit vector.
 
     Returns:
-        (the next v, H v), both (n,). Where H v is zero or not finite, the next v is v. v's Rayleigh quotient is <v, H v>.
+        (the next v, H v), both (n,). Where H v is zero or not finite, the next v is v. The Rayleigh quotient of v is
+        <v, H v>.
 
     Source: Eigen-SAM paper, Algorithm 1.
     """

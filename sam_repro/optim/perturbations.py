@@ -1,9 +1,8 @@
 """Where to look: the perturbation eps that a sharpness-aware step adds to the weights.
 
-A perturbation maps (params, grads, rho) to eps. `params`, `grads` and eps are lists with one tensor per parameter, of its
-shape; eps is new memory. `rho`, a float or a 0-d tensor, is the radius: the norm of eps over all parameters, in the
-perturbation's own metric. It is negative only where a caller asked for the reference's warm-up (docs/DEVIATIONS.md,
-D-05).
+A perturbation maps (params, grads, rho) to eps. `params`, `grads` and eps are lists with one tensor per parameter, of
+its shape; eps is new memory. `rho`, a float or a 0-d tensor, is the radius: the norm of eps over all parameters, in
+the perturbation's own metric. It is negative only where a caller asked for the reference's warm-up (D-05).
 
 Those without memory are functions. Those with memory are small classes with the same call, state_dict() and
 load_state_dict(). An engine whose step has several groups of images uses the two halves of their call:
