@@ -118,7 +118,7 @@ def plan_passes(
     )
     peaks = found.get("peaks", {})
     sizes = list(choices(batch, m, at_once=at_once, divisible=not buffers))
-    fits = [n for n in sizes if peaks.get(str(n), needs.at(n)) <= MARGIN * budget]
+    fits = [n for n in sizes if needs.at(n) <= MARGIN * budget and peaks.get(str(n), 0.0) < budget]
     images = -int(ranks.max(-(fits or sizes[-1:])[0]))
     return Plan(images, m, budget, needs, key, peaks)
 
@@ -332,7 +332,10 @@ def memory_sentence(step: GradientStep, device: torch.device) -> str:
     peak = peak_bytes(device)
     if device.type == "cuda":
         found = recall(plan.key)
-        remember(plan.key, found | {"peaks": found.get("peaks", {}) | {str(images): peak}})
+        peaks = found.get("peaks", {}) | {str(images): peak}
+        if images < plan.images:
+            peaks[str(plan.images)] = plan.budget  # which was too little
+        remember(plan.key, found | {"peaks": peaks})
     expected = f", expected at most {plan.expected / GB:.1f}" if plan.expected else ""
     return (
         f"passes of {images} images ({how}); memory at its peak {peak / GB:.1f} GB{expected}, "

@@ -18,6 +18,7 @@ from sam_repro.records.log import clock, parse, stream_log
 from sam_repro.training import checkpoint
 from sam_repro.training.data import Data
 from sam_repro.training.job import Job
+from sam_repro.training.memory import peak_bytes
 from sam_repro.training.model_card import model_card
 from sam_repro.training.progress import Progress
 from sam_repro.training.run import Run, hardware
@@ -61,6 +62,8 @@ def write_results(
         "manifest": data.train.manifest,
         "backend": data.train.backend,
         "m": job.step.m,
+        "images_per_pass": job.step.chunk,
+        "peak_bytes": peak_bytes(run.ranks.device),
         "world": run.ranks.world,
         "hardware": hardware(run.ranks),
         "dtype": "bf16" if run.bf16 else "fp32",

@@ -18,16 +18,18 @@ BATCH, M = 32, 8
 SIZE = 96  # 9 tokens: an odd number, so that parts of the flat buffer would not be aligned by themselves
 METHODS = ["vanilla", "gsam"]
 OTHERS = ["sam", "asam_ascent", "friendly", "vasso", "random", "eigen_sam", "min_f_h"]  # the same passes, not compiled
-FAMILIES = [("vit_s32", "loop"), ("vit_s32", "batched"), ("mixer_s32", "loop"), ("mixer_s32", "batched")]
-FAMILIES += [("resnet50", "loop")]
+FAMILIES = [("vit_s32", M), ("vit_s32", BATCH), ("mixer_s32", M), ("mixer_s32", BATCH), ("resnet50", M)]
+RAGGED, PARTS = 3 * M, 5  # images per pass: 3 groups and 1; of each group 5 and 3
+
+CASES = [(*family, method, False) for family in (FAMILIES[1], FAMILIES[4]) for method in OTHERS]
+CASES += [("vit_s32", chunk, method, False) for chunk in (RAGGED, PARTS) for method in METHODS + OTHERS]
+CASES += [("mixer_s32", chunk, "gsam", False) for chunk in (RAGGED, PARTS, 2 * M)]
+CASES += [(*family, method, True) for family in FAMILIES for method in METHODS]
+CASES += [("vit_s32", chunk, "gsam", True) for chunk in (RAGGED, PARTS)]
 
 
-CASES = [(*family, method, True) for family in FAMILIES for method in METHODS]
-CASES += [(*family, method, False) for family in (FAMILIES[1], FAMILIES[4]) for method in OTHERS]
-
-
-def setup(model_name: str, optim: str, groups: str, compiled: bool = True):
-    overrides = [f"model={model_name}", f"optim={optim}", "debug=tiny", f"optim.m={M}", f"optim.groups={groups}"]
+def setup(model_name: str, optim: str, chunk: int, compiled: bool = True):
+    overrides = [f"model={model_name}", f"optim={optim}", "debug=tiny", f"optim.m={M}", f"train.chunk={chunk}"]
     cfg = compose_config([*overrides, "train.device=cuda", f"train.compile={compiled}"])
     model = build_model(cfg.model, num_classes=10, image_size=SIZE, loss=cfg.recipe.loss).cuda()
     if cfg.model.family == "resnet":
@@ -83,10 +85,10 @@ def run(step, data, state, model):
     return metrics, torch.cat([p.grad.reshape(-1).double() for p in model.parameters()]), model.state_dict()
 
 
-@pytest.mark.parametrize(("name", "groups", "optim", "compiled"), CASES)
-def test_fp32_equals_the_plain_loop(name, groups, optim, compiled, monkeypatch):
+@pytest.mark.parametrize(("name", "chunk", "optim", "compiled"), CASES)
+def test_fp32_equals_the_plain_loop(name, chunk, optim, compiled, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    cfg, model = setup(name, optim, groups, compiled)
+    cfg, model = setup(name, optim, chunk, compiled)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     fused, plain = (engine(cfg, model, d, bf16=False) for d in ("cuda", "plain"))
     for _ in range(3):  # the first call captures, the others replay, on other data
@@ -100,9 +102,9 @@ def test_fp32_equals_the_plain_loop(name, groups, optim, compiled, monkeypatch):
             torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "groups"), FAMILIES)
-def test_bf16_is_as_close_to_fp32_as_plain_autocast_is(name, groups):
-    cfg, model = setup(name, "gsam", groups)
+@pytest.mark.parametrize(("name", "chunk"), FAMILIES)
+def test_bf16_is_as_close_to_fp32_as_plain_autocast_is(name, chunk):
+    cfg, model = setup(name, "gsam", chunk)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     exact = engine(cfg, model, "plain", bf16=False)
     fused, plain = (engine(cfg, model, d, bf16=True) for d in ("cuda", "plain"))
@@ -114,10 +116,11 @@ def test_bf16_is_as_close_to_fp32_as_plain_autocast_is(name, groups):
     assert error < 1.5 * allowed + 1e-3, (error.item(), allowed.item())
 
 
+@pytest.mark.parametrize("chunk", [BATCH, RAGGED, PARTS])
 @pytest.mark.parametrize("optim", ["gsam", "asam", "fisher_sam", "eigen_sam"])
-def test_a_step_keeps_nothing(optim):
+def test_a_step_keeps_nothing(optim, chunk):
     """A perturbation computed from the weights must not hang its graph on the adversary: ASAM's did, 120 GB of it."""
-    cfg, model = setup("vit_s32", optim, "batched", False)
+    cfg, model = setup("vit_s32", optim, chunk, False)
     step, allocated = engine(cfg, model, "cuda", bf16=True), []
     for _ in range(6):
         step(*batch(), rho=0.05)
