@@ -140,6 +140,7 @@ def build(name: str, method: str, m: str, reduce: str, args: argparse.Namespace,
 
     words = [f"model={name}", METHODS[method], f"optim.m={m or args.batch}", f"train.reduce={reduce}"]
     words += [f"recipe.batch_size={args.batch * ranks.world}", f"train.device={args.device}"]
+    words += [f"data.image_size={args.size}", f"data.eval_resize={args.size}"]
     cfg = compose_config([*words, f"model.tiny={str(args.device == 'cpu').lower()}"])
     torch.manual_seed(0)
     model = build_model(cfg.model, num_classes=1000, image_size=args.size, loss=cfg.recipe.loss).to(ranks.device)

@@ -46,6 +46,7 @@ class Bench:
 
     def config(self, *overrides: str) -> Config:
         fixed = [f"recipe.batch_size={self.batch}", f"train.device={self.device}", "train.dtype=auto"]
+        fixed += [f"data.image_size={self.size}", f"data.eval_resize={self.size}"]
         return compose_config([f"model={self.name}", *fixed, *overrides])
 
     def model(self, cfg: Config) -> torch.nn.Module:
