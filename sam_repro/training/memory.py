@@ -83,8 +83,8 @@ def plan_passes(
 ) -> Plan:
     """Choose the images per pass: the most that fit, and no more than make a GPU faster. A collective.
 
-    Activations are measured by two small passes without torch.compile, which needs less: an upper bound. Measurements
-    are remembered beside the compiler's cache. All ranks take the smallest choice of any.
+    Activations are measured by two small passes without torch.compile, which needs about as much. Measurements are
+    remembered beside the compiler's cache. All ranks take the smallest choice of any.
 
     Args:
         objective: (params | buffers, images, labels) -> mean loss, not compiled.
@@ -109,8 +109,11 @@ def plan_passes(
         remember(key, found)
     size = 4.0 * sum(p.numel() for p in params.values())  # one fp32 copy of the weights
     now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0.0
+    images = (
+        2.0 * cfg.recipe.batch_size / ranks.world * 3 * cfg.data.image_size**2
+    )  # uint8; the next batch is on its way
     needs = Needs(
-        fixed=now + found["transient"] + size * copies(cfg.optim),
+        fixed=now + images + found["transient"] + size * copies(cfg.optim),
         per_image=found["per_image"],
         per_group=3 * size * itemsize / 4 if cfg.optim.perturb != "none" else size * itemsize / 4,
         sums=size * (1 if cfg.optim.perturb == "none" else 2),
@@ -119,8 +122,8 @@ def plan_passes(
     peaks = found.get("peaks", {})
     sizes = list(choices(batch, m, at_once=at_once, divisible=not buffers))
     fits = [n for n in sizes if needs.at(n) <= MARGIN * budget and peaks.get(str(n), 0.0) < budget]
-    images = -int(ranks.max(-(fits or sizes[-1:])[0]))
-    return Plan(images, m, budget, needs, key, peaks)
+    chosen = -int(ranks.max(-(fits or sizes[-1:])[0]))
+    return Plan(chosen, m, budget, needs, key, peaks)
 
 
 def choices(batch: int, m: int, *, at_once: bool, divisible: bool) -> Iterator[int]:
@@ -146,7 +149,7 @@ def copies(o: OptimConfig) -> int:
     """Copies of the weights that a method keeps: reduced gradient, AdamW's two means, its own memory."""
     if o.kind == "entropy_sgd":
         return 3 + 7
-    memory = {"friendly": 2, "vasso": 2, "eigen": 2}.get(o.perturb, 0)
+    memory = {"none": 0, "sam": 0, "eigen": 2}.get(o.perturb, 4)  # others make eps in some passes of their own
     return 4 + memory + 2 * (o.every > 1) + 2 * (o.scope == "global") + o.decoupled
 
 
@@ -336,7 +339,7 @@ def memory_sentence(step: GradientStep, device: torch.device) -> str:
         if images < plan.images:
             peaks[str(plan.images)] = plan.budget  # which was too little
         remember(plan.key, found | {"peaks": peaks})
-    expected = f", expected at most {plan.expected / GB:.1f}" if plan.expected else ""
+    expected = f", expected about {plan.expected / GB:.1f}" if plan.expected else ""
     return (
         f"passes of {images} images ({how}); memory at its peak {peak / GB:.1f} GB{expected}, "
         f"of {plan.budget / GB:.1f} GB that this run may use"

@@ -60,7 +60,7 @@ def batch():
 
 def engine(cfg, model, device: str, *, bf16: bool):
     """On "cuda" the fused engine; "plain" is the reference engine on the same GPU."""
-    where = torch.device("cuda")
+    where = torch.device("cuda", 0)
     ranks = Ranks(0, 1, 0, 1, where)
     step = gradient_step(cfg, model, ranks, local_batch=BATCH, bf16=bf16)
     step.pre_step = None  # an eigenvector of our own: its estimate is tested elsewhere
