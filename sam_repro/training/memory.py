@@ -245,9 +245,11 @@ def measure(
         return torch.cuda.max_memory_allocated(device) - before
 
     def both(n: int) -> tuple[float, float]:
-        if device.type == "cuda":
-            peak(n)  # what libraries allocate once
-        return peak(n), peak(3 * n)
+        if device.type != "cuda":
+            return peak(n), peak(3 * n)
+        peaks = [(peak(n), peak(3 * n)) for _ in range(3)]  # the first has what libraries allocate once
+        few, many = zip(*peaks[1:], strict=True)
+        return min(few), min(many)
 
     torch.backends.cudnn.benchmark = False  # which would try algorithms with large workspaces
     try:
@@ -255,6 +257,7 @@ def measure(
             (few, many), n = halving(both, TRIAL[device.type], least=2, doing="a trial pass")
     finally:
         torch.backends.cudnn.benchmark = tuned
+        torch.cuda.empty_cache()  # or what stays for the whole run would break up the memory of these passes
     per_image = max((many - few) / (2 * n), 1.0)
     return max(few - n * per_image, 0.0), per_image
 
