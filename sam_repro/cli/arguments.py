@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from argparse import ArgumentTypeError
 
+from sam_repro.errors import UserError
+
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -32,3 +34,11 @@ def positive_number(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ArgumentTypeError(f"'{text}' is not a number greater than 0")
     return value
+
+
+def tables_and_overrides(words: list[str], command: str) -> tuple[list[str], list[str]]:
+    """(names, key=value words) of a command line. Raises UserError where no table is named."""
+    names = [word for word in words if "=" not in word]
+    if not names:
+        raise UserError(f"no table is named; see sam-repro {command} --help")
+    return names, [word for word in words if "=" in word]

@@ -14,10 +14,10 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sam_repro.cli.arguments import positive
+from sam_repro.cli.arguments import positive, tables_and_overrides
 from sam_repro.paper.ledger_join import unique_runs
 from sam_repro.paper.spec import load_table
-from sam_repro.runner.plan import finished, tables_and_overrides
+from sam_repro.runner.plan import finished
 
 
 def add_arguments(parser: ArgumentParser) -> None:

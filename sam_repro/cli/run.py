@@ -18,9 +18,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sam_repro.cli.arguments import duration, positive
-from sam_repro.runner.plan import finished
-from sam_repro.runner.queue import Queue, say, wanted
+from sam_repro.cli.arguments import duration, positive, tables_and_overrides
+from sam_repro.paper.runs import Run
+from sam_repro.runner.plan import finished, wanted
+from sam_repro.runner.scheduler import Scheduler, gpu_slots, say
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,18 +39,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Run the queue; returns the exit code."""
-    runs = list(wanted(args).values())
-    queue = [r for r in runs if not finished(r, args.ledger)]
-    say(f"{len(runs) - len(queue)} of {len(runs)} runs are in the ledger, {len(queue)} to go")
-    if args.gpus or args.per_gpu:
-        from sam_repro.runner.pool import Pool
+    """Run what is missing; returns the exit code."""
+    names, extra = tables_and_overrides(args.words, "run")
 
-        size = {"gpus": args.gpus or 1, "per_gpu": args.per_gpu or 1}
-        again = {"ledger_dir": args.ledger, "limit": args.limit, "budget": args.budget, "say": say}
-        return Pool(lambda: list(wanted(args).values()), **size, **again).work()
-    code = Queue(runs, queue[: args.limit], args.ledger, args.budget).work()
-    more = [r for r in wanted(args).values() if r.run_id not in {known.run_id for known in runs}]
-    if more and code == 0 and args.limit is None:
-        say(f"a sweep is over: {len(more)} more runs can be planned; the same command starts them")
-    return code
+    def plan() -> list[Run]:
+        return list(wanted(names, extra, seeds=args.seeds, only=args.only, ledger=args.ledger).values())
+
+    runs = plan()
+    to_go = sum(not finished(r, args.ledger) for r in runs)
+    say(f"{len(runs) - to_go} of {len(runs)} runs are in the ledger, {to_go} to go")
+    slots = gpu_slots(args.gpus or 1, args.per_gpu or 1) if args.gpus or args.per_gpu else None
+    return Scheduler(plan, slots, ledger_dir=args.ledger, limit=args.limit, budget=args.budget).work()

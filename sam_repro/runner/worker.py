@@ -1,25 +1,123 @@
-"""A worker of `sam-repro run --per-gpu`: runs from stdin, one a line, in one process; an answer a line on stdout.
+"""What a slot of the scheduler trains with: a process of its own on a GPU, or this process.
 
-What a run prints goes to stderr, which the pool sends to a log file. A run that fails is answered as such; a worker
-that dies costs the pool its current run only.
+The process is this module as a program: runs from stdin, one per line, and an answer per line on stdout. What a run
+prints goes to stderr, which the scheduler sends to a log file. A run that fails is answered as such; a worker that dies
+costs its current run only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
+from sam_repro.paper.runs import Run
 from sam_repro.records.lock import Held
-from sam_repro.training.signals import STOPS, Interrupted, handle
+from sam_repro.training.signals import STOPS, Interrupted, StopSignal, handle
 
 KEEP = 16  # runs after which a worker forgets its compiled code
+SHARING = "SAM_REPRO_SHARING"  # how many runs share this one's GPU; sam_repro.training.progress notes it in the row
+Answer = dict[str, str]  # "status": done, diverged, stopped, held, failed or died; "why"
+
+
+class WorkerProcess:
+    """A process of sam_repro.runner.worker on one GPU. It takes one run after the other.
+
+    Args:
+        gpu: its name in CUDA_VISIBLE_DEVICES.
+        sharing: how many workers share the GPU.
+        threads: this worker's share of the cores, for arithmetic and for compiling.
+        log: file for what its runs print.
+
+    Raises:
+        OSError: no folder for the log, or no memory for a process.
+    """
+
+    def __init__(self, gpu: str, sharing: int, threads: int, log: Path):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(threads))
+        self.log = log
+        with open(log, "a") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sam_repro.runner.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=os.environ | shares | {"CUDA_VISIBLE_DEVICES": gpu, SHARING: str(sharing)},
+                start_new_session=True,  # Ctrl-C is for the scheduler, which passes it on
+            )
+
+    def do(self, r: Run, ledger_dir: Path | None) -> Answer:
+        """Send a run and wait for the answer; "died" where none comes."""
+        assert self.process.stdin and self.process.stdout
+        task = {"overrides": list(r.overrides), "ledger": str(ledger_dir or "")}
+        try:
+            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.process.wait()
+            return {"status": "died", "why": f"the worker ended with code {self.process.returncode}, see {self.log}"}
+
+    def stop(self, number: int) -> None:
+        """Send a signal."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+class ThisProcess:
+    """Trains here, as `python train.py` does: with its progress bar, and its errors end the queue."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.stopped_by: int | None = None
+
+    def do(self, r: Run, ledger_dir: Path | None) -> Answer:
+        """Train a run. Raises UserError where train.py ends in one."""
+        from sam_repro.training.main import main  # torch comes with it: not before there is something to run
+
+        if ledger_dir is not None:
+            r.config.log.ledger_dir = str(ledger_dir)
+        try:
+            self.busy = True
+            status = main(r.config, list(r.overrides))["status"]
+            self.stopped_by = StopSignal.late  # it came too late for this run, which was just ending
+            fresh()
+            return {"status": status}
+        except Interrupted as stop:
+            self.stopped_by = int(stop.code or 0) - 128  # pyright: ignore[reportArgumentType]: an int
+            return {"status": "stopped"}
+        except Held as error:
+            return {"status": "held", "why": str(error)}
+        finally:
+            self.busy = False
+
+    def stop(self, number: int) -> None:
+        """The run's own handler takes the signal; between two runs the scheduler's."""
+        os.kill(os.getpid(), number)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -40,7 +138,7 @@ def leave(number: int, frame: Any) -> None:
     raise Interrupted(128 + number)
 
 
-def attempt(task: dict[str, Any]) -> dict[str, str]:
+def attempt(task: dict[str, Any]) -> Answer:
     """One run, as `python train.py <overrides>` would do it: {"status": ..., "why": ...}."""
     try:
         from sam_repro.training.main import main as train  # an exception in here leaves modules half made

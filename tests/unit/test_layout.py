@@ -53,7 +53,6 @@ LATE = {
     "cli.sharpness",
     "cli.train",
     "runner.calibrate",
-    "runner.queue",
     "runner.worker",
 }
 

@@ -20,7 +20,8 @@ from sam_repro.paper.ledger_join import unique_runs
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import load_table
 from sam_repro.records.ledger import read_ledger
-from sam_repro.runner import pool
+from sam_repro.runner import scheduler
+from sam_repro.runner.scheduler import Scheduler, gpu_slots
 
 TINY = ["debug=tiny", "model=vit_s32", "train.device=cpu", "train.threads=1", "recipe.batch_size=16"]
 
@@ -89,7 +90,7 @@ def test_a_budget_that_ends_before_a_run_has_begun(tmp_path: Path, capsys, budge
 
 @pytest.mark.slow
 def test_a_run_that_does_not_save_in_time_is_ended(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "GRACE", 1.0)
+    monkeypatch.setattr(scheduler, "GRACE", 1.0)
     name = table(tmp_path, "t", methods("sam"), "recipe.steps=100000")
 
     def freeze() -> None:
@@ -112,7 +113,7 @@ def test_a_failing_run_is_told_and_the_next_has_a_new_worker(tmp_path: Path) -> 
         said.append(sentence)
         workers.append(queue.workers[0].process.pid)
 
-    queue = pool.Pool(lambda: runs, gpus=1, per_gpu=1, ledger_dir=None, say=say)
+    queue = Scheduler(lambda: runs, gpu_slots(1, 1), say=say)
     assert queue.work() == 1
     assert "failed" in said[0] and "optim.m=7 does not divide" in said[0]
     assert workers[0] != workers[1] == workers[2]
@@ -134,11 +135,11 @@ class FakeWorker:
     def __init__(self, gpu: str, *_):
         self.gpu = gpu
 
-    def do(self, task: dict) -> dict[str, str]:
+    def do(self, r: Run, ledger_dir: Path) -> dict[str, str]:
         if self.gpu == "1":
             return {"status": "failed", "why": "uncorrectable ECC error"}
         time.sleep(0.3)
-        Path(task["ledger"], task["overrides"][0] + ".json").write_text("{}")
+        (ledger_dir / f"{r.run_id}.json").write_text("{}")
         return {"status": "done"}
 
     def stop(self, number: int) -> None: ...
@@ -152,17 +153,17 @@ def fake_runs(tmp_path: Path, count: int) -> list[Run]:
 
 
 def test_a_broken_gpu_does_not_eat_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "Worker", FakeWorker)
+    monkeypatch.setattr(scheduler, "WorkerProcess", FakeWorker)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     runs, said = fake_runs(tmp_path, 8), []
-    queue = pool.Pool(lambda: runs, gpus=2, per_gpu=1, ledger_dir=tmp_path, say=said.append)
+    queue = Scheduler(lambda: runs, gpu_slots(2, 1), ledger_dir=tmp_path, say=said.append)
     assert queue.work() == 1
     assert sorted(queue.outcomes.values()) == ["done"] * 5 + ["failed"] * 3
     assert "worker 1 on GPU 1 takes no more: 3 runs in a row failed there" in said
 
 
 def test_a_plan_that_cannot_be_read_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "Worker", FakeWorker)
+    monkeypatch.setattr(scheduler, "WorkerProcess", FakeWorker)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     first, second = fake_runs(tmp_path, 2)
     runs, said, asked = [first, replace(second, after=first)], [], []
@@ -173,20 +174,21 @@ def test_a_plan_that_cannot_be_read_for_a_moment(tmp_path: Path, monkeypatch: py
             raise UserError("half a file")
         return runs
 
-    queue = pool.Pool(plan, gpus=1, per_gpu=2, ledger_dir=tmp_path, say=said.append)
-    monkeypatch.setattr(pool, "lost_start", lambda *_: "")  # the fake rows have no status
+    queue = Scheduler(plan, gpu_slots(1, 2), ledger_dir=tmp_path, say=said.append)
+    monkeypatch.setattr(scheduler, "lost_start", lambda *_: "")  # the fake rows have no status
     assert queue.work() == 0
     assert queue.outcomes == {"r0": "done", "r1": "done"} and any("half a file" in sentence for sentence in said)
 
 
-def test_a_row_takes_the_winner_of_a_sweep_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [[], ["--per-gpu", "1"]])
+def test_a_row_takes_the_winner_of_a_sweep_in_one_call(tmp_path: Path, capsys, words: list[str]) -> None:
     grid = {"id": "vit/sam", "overrides": ["optim=sam", "data.train_fraction=0.8"], "grid": {"recipe.lr": [0.01, 1e-9]}}
     sweep = table(tmp_path, "sweep", [grid], "recipe.steps=30", select="minival")
     tuned = {"id": "vit/tuned", "overrides": ["optim=gsam"], "tuned": f"{sweep}:vit/sam"}
     name = table(tmp_path, "final", [tuned])
     assert main(["table", name]) == 0
     assert "pending" in capsys.readouterr().out
-    assert main(["run", sweep, name, "--per-gpu", "1"]) == 0
+    assert main(["run", sweep, name, *words]) == 0
     row = rows(tmp_path)["gsam"]
     assert row["config"]["recipe"]["lr"] == 0.01 and "recipe.lr=0.01" in row["overrides"]
     assert main(["table", name]) == 0
