@@ -98,7 +98,8 @@ class Scheduler:
             restore(before)
         if not self.slots and self.stopped_by is not None:
             self.say(f"{self.why_stopped()}; the same command goes on from there")
-        self.say(self.tally())
+        if not self.outcomes:  # else the last run's line has said it
+            self.say(self.tally())
         if self.stopped_by is not None and not self.spent:
             return 128 + self.stopped_by
         bad = set(self.outcomes.values())

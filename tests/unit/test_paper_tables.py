@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shlex
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from paper_rows import fake_row, write_rows
-from scipy import stats as scipy_stats
 
 from sam_repro.cli.main import main
 from sam_repro.config.compose import compose_config
@@ -25,7 +24,7 @@ from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.style import METHODS, spread
 from sam_repro.paper.render.tables import render
 from sam_repro.paper.spec import Column, load_table, parse_table
-from sam_repro.paper.statistics import compare, interval, magnitudes, verdict
+from sam_repro.paper.statistics import compare, interval, magnitudes, verdict, wilson
 from sam_repro.records.ledger import row_path, write_row
 from sam_repro.training.results import curves
 
@@ -37,11 +36,10 @@ def table_with(printed: object) -> object:
     return parse_table("t", BASE | {"rows": [row]})
 
 
-def test_the_interval_is_scipys() -> None:
-    values = [76.1, 76.5, 76.2, 76.9]
-    low, high = scipy_stats.t.interval(0.95, 3, statistics.fmean(values), scipy_stats.sem(values))
-    ours = interval(values)
-    assert ours.mean - ours.half == pytest.approx(low) and ours.mean + ours.half == pytest.approx(high)
+def test_the_interval_is_students() -> None:
+    ours = interval([76.1, 76.5, 76.2, 76.9])  # s = 0.359398, t(0.975, 3) = 3.182446, by hand
+    assert ours.mean == pytest.approx(76.425) and ours.half == pytest.approx(3.182446 * 0.359398 / 2, rel=1e-5)
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Newcombe 1998's formula, by hand
 
 
 def test_one_seed_has_no_interval_and_no_verdict() -> None:
@@ -57,11 +55,12 @@ def test_verdict_allows_for_the_rounding_of_the_printed_number(printed: object, 
     assert verdict(interval([50.0, 50.0]), printed) == word
 
 
-def test_the_paired_test_is_scipys() -> None:
+def test_the_paired_test_is_students() -> None:
     sam, gsam = {0: 75.8, 1: 75.6, 2: 75.9, 7: 1.0}, {0: 76.8, 1: 76.4, 2: 76.8}
-    ours = compare(sam, gsam)
-    theirs = scipy_stats.ttest_rel([76.8, 76.4, 76.8], [75.8, 75.6, 75.9])
-    assert ours.p == pytest.approx(theirs.pvalue) and ours.n == 3 and ours.difference == pytest.approx(0.9)
+    ours, t = compare(sam, gsam), 0.9 / (0.1 / math.sqrt(3))  # two degrees of freedom have a closed form
+    assert (
+        ours.p == pytest.approx(1 - t / math.sqrt(2 + t**2)) and ours.n == 3 and ours.difference == pytest.approx(0.9)
+    )
     assert ours.words == "significant"
 
 
