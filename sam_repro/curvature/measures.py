@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sam_repro.optim.hessian import Hessian
-from sam_repro.optim.perturbations import PERTURBATIONS
+from sam_repro.optim.perturbations import PERTURBATIONS, inner, squared_norm
 
 
 def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
@@ -70,3 +70,20 @@ def alignment(eps: Tensor | Sequence[Tensor] | Mapping[str, Tensor], v: Tensor) 
         eps = torch.cat([t.reshape(-1) for t in tensors])
     norms = float(eps.norm() * v.norm())
     return abs(float(torch.dot(eps, v))) / norms if norms else 0.0
+
+
+def seen_in_bf16(weights: Sequence[Tensor], eps: Sequence[Tensor]) -> tuple[float, float]:
+    """What a pass in bf16 sees of a perturbation: d = bf16(w + eps) - bf16(w), beside eps.
+
+    A step of eps that is small beside the spacing of bf16 at w is either lost or made as large as that spacing.
+
+    Args:
+        weights, eps: tensors in fp32 or wider, of equal shapes.
+
+    Returns:
+        (||d|| / ||eps||, cos(d, eps)); zeros for a zero eps, and a cosine of 0 where nothing is left.
+    """
+    d = [(w + e).bfloat16().to(e.dtype) - w.bfloat16().to(e.dtype) for w, e in zip(weights, eps, strict=True)]
+    length, seen = float(squared_norm(list(eps)).sqrt()), float(squared_norm(d).sqrt())
+    product = float(inner(d, list(eps)))
+    return seen / length if length else 0.0, product / (seen * length) if seen * length else 0.0

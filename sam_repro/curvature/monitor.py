@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from sam_repro.config.schema import Config
 from sam_repro.curvature.lanczos import dominant, power_iteration
-from sam_repro.curvature.measures import alignment, sharpness
+from sam_repro.curvature.measures import alignment, seen_in_bf16, sharpness
 from sam_repro.curvature.probe_images import loss_hessian, probe_batches
 from sam_repro.distributed.ranks import Ranks, average_buffers
 from sam_repro.errors import UserError
 from sam_repro.models.objective import in_mode
 from sam_repro.optim import GradientStep
+from sam_repro.optim.base_optimizer import is_kernel
 from sam_repro.optim.hessian import Batch, Hessian
 from sam_repro.optim.memory import fitting, no_memory
 from sam_repro.optim.perturbations import sam
 
 TOL = 1e-3  # relative residual of the eigenvalue, whose error is then about 1e-6
-MOST = 60  # products an eigenvalue, and vectors kept meanwhile
-LEAST_RADIUS = 0.01  # of model.sam_rho: below it the gap is rounding
-PAST = 5  # former eigenvectors whose quality is followed
+MAX_PRODUCTS = 60  # per eigenvalue; as many vectors are kept meanwhile
+MIN_RADIUS = 0.01  # of model.sam_rho: below it the gap is rounding
+FOLLOWED = 5  # former eigenvectors whose quality is followed
 
 
 class Monitor:
@@ -38,6 +39,8 @@ class Monitor:
         lambda_max, residual, products   the Hessian's eigenvalue of largest magnitude (sign kept), by Lanczos
         rho, surrogate_gap, estimate, first_order   h at radius rho over all images; 2h/rho^2 and its part 2|g|/rho
         alignment                        mean over groups of m images of |cos(eps, v)|, eps the method's own
+        bf16_norm, bf16_cosine           likewise of ||d|| / ||eps|| and cos(d, eps), d = bf16(w + eps) - bf16(w) over
+                                         matrices and convolutions: what a pass in bf16 sees of eps
         decay                            of each former eigenvector: [age in steps, |cos| with today's, v'Hv / lambda]
         power_cosine                     at the end: |cos| of v with p power iterations from a random start
         decay_cosine                     at the end: mean |cos| of v with that of k steps before (optim.k)
@@ -77,7 +80,7 @@ class Monitor:
             if not isinstance(error, UserError) and not no_memory(error):
                 raise
             memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch) "
-            memory += f"beside up to {MOST} vectors as large as the weights"
+            memory += f"beside up to {MAX_PRODUCTS} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
             if self.ranks.world > 1:  # the others wait for this rank in the middle of a product
                 raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 does without") from None
@@ -99,18 +102,18 @@ class Monitor:
         if after is not None:
             counted = weakref.proxy(hessian)  # not a cycle, which would keep its memory
             hessian.after = lambda: after(counted.products)
-        pair = dominant(hessian, tol=TOL, max_steps=min(MOST, hessian.size))
+        pair = dominant(hessian, tol=TOL, max_steps=min(MAX_PRODUCTS, hessian.size))
         v = pair.vectors[0]
         found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
         # a radius that has decayed to nothing would measure the rounding of the loss
-        rho = rho if rho > LEAST_RADIUS * self.cfg.model.sam_rho else self.cfg.model.sam_rho
+        rho = rho if rho > MIN_RADIUS * self.cfg.model.sam_rho else self.cfg.model.sam_rho
         gap = sharpness(hessian, rho)
         found |= {key: gap[key] for key in ("rho", "surrogate_gap", "estimate", "first_order")}
-        found |= {"alignment": self._alignment(hessian, v, rho), "images": self._count()}
+        found |= self._of_perturbations(hessian, v, rho) | {"images": self._count()}
         found["decay"] = [self._quality(hessian, age, old, v, found["lambda_max"]) for age, old in self._ages(done)]
         self.after_k += [cosine for age, cosine, _ in found["decay"] if age == self.cfg.optim.k]
         if wanted.every:
-            self.past = [*self.past[1 - PAST :], (done, v)]
+            self.past = [*self.past[1 - FOLLOWED :], (done, v)]
         if final:
             estimate = power_iteration(hessian, steps=self.cfg.optim.p, seed=1)
             found["power_cosine"] = alignment(estimate.vectors[0], v)
@@ -130,11 +133,12 @@ class Monitor:
         """What is left of an old eigenvector: age, |cos| with the one of today, its Rayleigh quotient over lambda."""
         return [age, alignment(old, v), float(torch.dot(old, hessian(old))) / value if value else 0.0]
 
-    def _alignment(self, hessian: Hessian, v: Tensor, rho: float) -> float:
-        """Mean over groups of m images, by their sizes, of |cos(eps, v)|: SAM's eps where the method has none."""
+    def _of_perturbations(self, hessian: Hessian, v: Tensor, rho: float) -> dict[str, float]:
+        """Means over groups of m images, by their sizes, of what eps is like: SAM's where the method has none."""
         assert self.batches is not None
         perturb: Any = self.step.perturb or sam
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(4, dtype=torch.float64)
+        kernels = [i for i, (name, p) in enumerate(hessian.params.items()) if is_kernel(name, p)]
         images = [torch.cat(parts) for parts in zip(*self.batches, strict=True)]
         for i, group in enumerate(zip(*(t.split(self.cfg.optim.m or len(t)) for t in images), strict=True)):
             passes = zip(*(t.split(len(self.batches[0][0])) for t in group), strict=True)
@@ -143,9 +147,10 @@ class Monitor:
                 perturb.reseed(i)
             weights = list(hessian.params.values())
             eps = getattr(perturb, "eps_from_memory", perturb)(weights, hessian.unflatten(g), rho)
-            total += len(group[0]) * torch.tensor([alignment(eps, v), 1.0])
-        cosine, images = self.ranks.sum_(total.to(self.ranks.device)).tolist()
-        return cosine / images
+            seen = seen_in_bf16([weights[i] for i in kernels], [eps[i] for i in kernels])
+            total += len(group[0]) * torch.tensor([alignment(eps, v), *seen, 1.0], dtype=torch.float64)
+        *sums, images = self.ranks.sum_(total.to(self.ranks.device)).tolist()
+        return {key: x / images for key, x in zip(("alignment", "bf16_norm", "bf16_cosine"), sums, strict=True)}
 
     def _count(self) -> int:
         """Images on all ranks."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sam_repro.curvature import Hessian, alignment, dominant, lanczos, power_iteration, sharpness, spectral_density
+from sam_repro.curvature.measures import seen_in_bf16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +87,19 @@ def test_a_warm_start_costs_less():
     hessian = Hessian(objective_of(model), dict(model.named_parameters()), [(x, y)])
     cold = dominant(hessian, tol=1e-6)
     assert dominant(hessian, tol=1e-5, start=cold.vectors[0]).products == 1 < cold.products
+
+
+def test_what_bf16_sees_of_a_perturbation():
+    """At w = 1 bf16 has a spacing of 2^-7 above and 2^-8 below: eps of half a spacing or less goes to its even end."""
+    one = [torch.ones(1)]
+    assert seen_in_bf16(one, [torch.tensor([2**-7])]) == (1.0, 1.0)
+    assert seen_in_bf16(one, [torch.tensor([2**-9])]) == (0.0, 0.0)
+    ratio, cosine = seen_in_bf16(one, [torch.tensor([0.75 * 2**-7])])
+    assert (ratio, cosine) == (pytest.approx(4 / 3), 1.0)
+    assert seen_in_bf16(one, [torch.zeros(1)]) == (0.0, 0.0)
+    w, eps = 0.02 * torch.randn(100_000), 1.06e-5 * torch.randn(100_000)  # ViT-B's weights and SAM's eps at rho = 0.1
+    ratio, cosine = seen_in_bf16([w], [eps])
+    assert ratio == pytest.approx(2.6, abs=0.2) and cosine == pytest.approx(0.38, abs=0.03)
 
 
 def test_spectral_density():

@@ -197,6 +197,7 @@ def test_what_a_row_says_of_sharpness(trained):
     s = row["sharpness"]
     assert s["images"] == 24 and s["residual"] <= 1e-3 and s["rho"] == pytest.approx(row["curves"]["train"]["rho"][-1])
     assert s["estimate"] == pytest.approx(2 * s["surrogate_gap"] / s["rho"] ** 2)
+    assert s["bf16_norm"] > 0 and -1 <= s["bf16_cosine"] <= 1
     assert 0 <= s["alignment"] <= 1 and 0 <= s["power_cosine"] <= 1 and 0 <= s["decay_cosine"] <= 1
     assert [m["step"] for m in row["curves"]["sharpness"]] == [2, 4, 6]
 
