@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from sam_repro.cli import sharpness as sharpness_command
-from sam_repro.cli import sharpness_pictures as pictures
 from sam_repro.cli.main import COMMANDS
 
 PROGRAM = """
@@ -30,5 +29,8 @@ def test_help_needs_no_torch(command):
 
 
 def test_the_command_knows_what_there_is_to_draw():
-    for group in ("OF_WEIGHTS", "OF_LOGS", "OF_NOTHING"):
-        assert set(getattr(sharpness_command, group)) == set(getattr(pictures, group))
+    from sam_repro.cli.sharpness_pictures import DRAW
+    from sam_repro.curvature.reports import REPORTS
+
+    assert set(sharpness_command.OF_WEIGHTS) == set(REPORTS)
+    assert set(DRAW) == {*sharpness_command.OF_WEIGHTS, *sharpness_command.OF_LOGS, *sharpness_command.OF_NOTHING}

@@ -17,7 +17,7 @@ from paper_rows import fake_row
 from sam_repro.cli.main import main
 from sam_repro.errors import UserError
 from sam_repro.paper.claims import judged
-from sam_repro.paper.estimate import beside_actual
+from sam_repro.paper.estimate import estimated_and_actual
 from sam_repro.paper.ledger_join import JoinedTable, join_table, runs_of
 from sam_repro.paper.outcomes import Outcome
 from sam_repro.paper.render.overview import overview
@@ -59,7 +59,8 @@ def read_everywhere(table: Table, folder: Path) -> None:
     for form in FORMATS:
         render(table, outcomes, form)
     assemble([joined])
-    overview([joined], beside_actual(table, outcomes), set())
+    overview([joined], [], set())
+    estimated_and_actual(table, outcomes)
     judged(table, outcomes)
     for o in outcomes:
         state_of(o.runs[0], o.ledger[0])

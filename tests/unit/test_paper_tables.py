@@ -108,6 +108,7 @@ def test_sharpness_of_rows_fills_fig_4_and_a_row_without_it_waits(tmp_path: Path
     table = load_table("fig4")
     measured, without = (runs_of(table, row)[0] for row in table.rows[:2])
     sharpness = {"lambda_max": 12.5, "estimate": 3.25, "residual": 1e-4, "images": 512, "rho": 0.05, "alignment": 0.2}
+    sharpness["surrogate_gap"] = 0.004
     write_row(tmp_path, fake_row(measured, 180) | {"sharpness": sharpness})
     write_row(tmp_path, fake_row(without, 180) | {"sharpness": {"problem": "no memory"}})
     first, second, *_ = join_table(table, tmp_path)
@@ -164,6 +165,9 @@ def test_csv_is_one_line_a_number(ledger: Path, capsys: pytest.CaptureFixture[st
     assert float(lines[0]["mean"]) == pytest.approx(100 * 994 / 1080)
 
 
+MEASURED = {"images": 512, "residual": 1e-4, "rho": 0.05, "surrogate_gap": 0.004, "estimate": 3.2, "alignment": 0.2}
+
+
 def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
     columns = {"val": {"title": "|s|", "value": "sharpness.lambda_max", "unit": "", "magnitude": True}}
     row = {"id": "v/sam", "model": "V", "method": "SAM", "overrides": ["optim=sam"]}
@@ -173,7 +177,7 @@ def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
     write_rows(tmp_path, runs, [300, 301, 302])
     for run, size in zip(runs, [-10, 100, -1000], strict=True):
         path = row_path(tmp_path, run.run_id)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"sharpness": {"lambda_max": size}}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sharpness": MEASURED | {"lambda_max": size}}))
     found = join_table(table, tmp_path)
     assert "|s|: without its sign (2 of 3 are negative); geometric mean and range over seeds" in render(
         table, found, "md"
