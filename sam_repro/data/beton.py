@@ -193,6 +193,64 @@ def _read(descriptor: int, start: int, count: int) -> bytes:
 Sample = tuple[bytes, int, int, int, bool]  # (JPEG or pixels, height, width, label, whether it is pixels)
 
 
+class BetonWriter:
+    """Writes samples one after another into a binary file that can seek; it is whole only after `finish`.
+
+    Args:
+        file: open for writing; the caller flushes and closes it.
+        capacity: an upper bound of the number of samples; room for their metadata comes before the data.
+    """
+
+    def __init__(self, file: BinaryIO, capacity: int) -> None:
+        self.file, self.count = file, 0
+        self.metadata, self.allocations = np.zeros(capacity, SAMPLE), np.zeros(capacity, ALLOCATION)
+        self.position = -(-(METADATA_AT + self.metadata.nbytes) // PAGE) * PAGE
+        file.seek(self.position)
+
+    def go_on(self, metadata: np.ndarray, sizes: np.ndarray) -> None:
+        """After samples that are in the file: SAMPLE [n], and bytes [n] with their checksums."""
+        self.count = n = len(metadata)
+        self.metadata[:n] = metadata
+        pointers = metadata["image"]["pointer"]
+        self.allocations["sample"][:n], self.allocations["size"][:n] = np.arange(n), sizes
+        self.allocations["pointer"][:n] = pointers
+        if n:
+            self.position = int(pointers[-1]) + int(sizes[-1])
+        self.file.truncate(self.position)
+        self.file.seek(self.position)
+
+    def add(self, data: bytes, height: int, width: int, label: int, raw: bool) -> tuple[np.void, int]:
+        """Append a sample; its SAMPLE row and its bytes with the checksum. Raises UserError where it does not fit."""
+        if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
+            raise UserError(f"sample {self.count} is {width}x{height} pixels; sides must be {MIN_SIDE} to {MAX_SIDE}")
+        stored = data + zlib.crc32(data).to_bytes(CRC, "little")
+        if len(stored) > PAGE:
+            raise UserError(f"sample {self.count} has {len(data)} bytes; a .beton page holds {PAGE - CRC}")
+        left = PAGE - self.position % PAGE
+        if len(stored) > left:
+            self.file.write(bytes(left))
+            self.position += left
+        self.file.write(stored)
+        self.metadata[self.count] = ((RAW_MODE if raw else JPEG_MODE, width, height, self.position), label)
+        self.allocations[self.count] = (self.count, self.position, len(stored))
+        self.position += len(stored)
+        self.count += 1
+        return self.metadata[self.count - 1], len(stored)
+
+    def finish(self) -> int:
+        """Write the table and the header; the number of samples. Raises UserError when there is none."""
+        if self.count == 0:
+            raise UserError("there is no sample to write")
+        table = -(-self.position // PAGE) * PAGE
+        self.file.write(bytes(table - self.position))
+        self.file.write(self.allocations[: self.count].tobytes())
+        self.file.seek(0)
+        self.file.write(np.array([(VERSION, len(FIELDS), PAGE, self.count, table)], HEADER).tobytes())
+        self.file.write(np.array([(kind, name, b"") for kind, name in FIELDS], FIELD).tobytes())
+        self.file.write(self.metadata[: self.count].tobytes())
+        return self.count
+
+
 def write_beton(path: str | Path, samples: Iterable[Sample], *, capacity: int) -> int:
     """Write samples to `path` and return their number.
 
@@ -200,6 +258,7 @@ def write_beton(path: str | Path, samples: Iterable[Sample], *, capacity: int) -
     written, so memory does not grow with it.
 
     Args:
+        samples: (JPEG or pixels, height, width, label, whether it is pixels).
         capacity: an upper bound of the number of samples; room for their metadata comes before the data.
 
     Raises:
@@ -209,7 +268,10 @@ def write_beton(path: str | Path, samples: Iterable[Sample], *, capacity: int) -
 
     def fill(file: BinaryIO) -> None:
         nonlocal count
-        count = _write(file, samples, capacity)
+        writer = BetonWriter(file, capacity)
+        for sample in samples:
+            writer.add(*sample)
+        count = writer.finish()
 
     try:
         write_atomic(path, fill)
@@ -217,40 +279,6 @@ def write_beton(path: str | Path, samples: Iterable[Sample], *, capacity: int) -
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: {path} was not written") from None
         raise
-    return count
-
-
-def _write(file: BinaryIO, samples: Iterable[Sample], capacity: int) -> int:
-    metadata = np.zeros(capacity, SAMPLE)
-    allocations = np.zeros(capacity, ALLOCATION)
-    position = -(-(METADATA_AT + metadata.nbytes) // PAGE) * PAGE
-    file.seek(position)
-    count = 0
-    for data, height, width, label, raw in samples:
-        if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
-            raise UserError(f"sample {count} is {width}x{height} pixels; sides must be {MIN_SIDE} to {MAX_SIDE}")
-        stored = data + zlib.crc32(data).to_bytes(CRC, "little")
-        if len(stored) > PAGE:
-            raise UserError(f"sample {count} has {len(data)} bytes; a .beton page holds {PAGE - CRC}")
-        left = PAGE - position % PAGE
-        if len(stored) > left:
-            file.write(bytes(left))
-            position += left
-        file.write(stored)
-        metadata[count] = ((RAW_MODE if raw else JPEG_MODE, width, height, position), label)
-        allocations[count] = (count, position, len(stored))
-        position += len(stored)
-        count += 1
-    if count == 0:
-        raise UserError("there is no sample to write")
-    table = -(-position // PAGE) * PAGE
-    file.write(bytes(table - position))
-    file.write(allocations[:count].tobytes())
-    fields = np.array([(kind, name, b"") for kind, name in FIELDS], FIELD)
-    file.seek(0)
-    file.write(np.array([(VERSION, len(FIELDS), PAGE, count, table)], HEADER).tobytes())
-    file.write(fields.tobytes())
-    file.write(metadata[:count].tobytes())
     return count
 
 

@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile, Sample, write_beton
+from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile
 from sam_repro.data.images.decode import reason, rgb
 from sam_repro.data.loaders.threads import worker_count
 from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, read_manifest, write_manifest
 from sam_repro.data.write import layouts, torchvision
 from sam_repro.data.write.layouts import RawSplit, Splits
+from sam_repro.data.write.partial import PartialBeton
 from sam_repro.errors import UserError
-from sam_repro.records.files import remove_temporaries
 
 ESTIMATE_FILES = 64
 WHOLE = {  # layout: {split: (classes, images)}
@@ -118,7 +118,7 @@ def write_dataset(
 ) -> dict[str, dict[str, Any]]:
     """Write the splits found in `src` to dst/<split>.beton with a manifest each, and return the manifests.
 
-    A split whose images and settings did not change is left as it is.
+    A split whose images and settings did not change is left as it is; one that was not finished is gone on with.
 
     Args:
         layout: a name in LAYOUTS.
@@ -207,35 +207,36 @@ def difference(some: list[str], others: list[str]) -> str:
 def _write_split(
     raw: RawSplit, beton: Path, rule: dict[str, Any], pool: ThreadPoolExecutor, progress: bool
 ) -> dict[str, Any]:
-    remove_temporaries(beton.parent, beton.name)
-    fingerprint = _fingerprint(rule, raw.stamp())
+    fingerprint, key = _fingerprints(rule, raw.stamp())
     done = _up_to_date(beton, fingerprint)
     if done is not None:
         print(f"{beton} is up to date")
         return done
     count = len(raw.labels)
-    _estimate(raw, beton, rule, pool)
-    skipped: list[str] = []
-    kept: list[str] = []
-    reencoded = 0
-
-    def samples() -> Iterator[Sample]:
-        nonlocal reencoded
-        results = _ordered(raw, range(count), rule, pool)
-        for index, result in enumerate(tqdm(results, beton.name, count, unit="image", disable=not progress)):
+    with PartialBeton(beton, key, count, gaps=rule["skip_bad"]) as partial:
+        start = partial.next_image
+        if start:
+            print(f"{beton}: going on after {start:,} of {count:,} images", flush=True)
+        else:
+            _estimate(raw, beton, rule, pool)
+        results = _ordered(raw, range(start, count), rule, pool)
+        bar = tqdm(results, beton.name, count, initial=start, unit="image", disable=not progress)
+        for image, result in enumerate(bar, start):
             if isinstance(result, Encoded):
-                reencoded += result.reencoded
-                kept.append(raw.names[index])
-                yield result.data, result.height, result.width, int(raw.labels[index]), result.raw
-            elif rule["skip_bad"]:
-                skipped.append(raw.names[index])
-            else:
-                name = f"{raw.names[index]} ({beton.stem})"
+                sample = result.data, result.height, result.width, int(raw.labels[image]), result.raw
+                partial.add(image, sample, result.reencoded)
+            elif not rule["skip_bad"]:
+                name = f"{raw.names[image]} ({beton.stem})"
                 raise UserError(f"cannot use {name}: {reason(result)}; --skip-bad leaves such images out")
-
-    write_beton(beton, samples(), capacity=count)
-    facts = {"rule": rule, "source": fingerprint, "reencoded": reencoded, "skipped": skipped}
-    return write_manifest(beton, raw.classes, files=kept, **facts)
+        partial.finish()
+    kept = np.zeros(count, np.bool_)
+    kept[partial.images] = True
+    skipped = [raw.names[image] for image in np.flatnonzero(~kept)]
+    files = (raw.names[image] for image in np.flatnonzero(kept))
+    facts = {"rule": rule, "source": fingerprint, "reencoded": partial.reencoded, "skipped": skipped}
+    manifest = write_manifest(beton, raw.classes, files=files, **facts)
+    partial.forget()
+    return manifest
 
 
 def _ordered(
@@ -277,13 +278,20 @@ def _estimate(raw: RawSplit, beton: Path, rule: dict[str, Any], pool: ThreadPool
         raise UserError(f"{beton.parent} has {free / 1e9:.2f} GB free; {beton.name} needs about {size / 1e9:.2f} GB")
 
 
-def _fingerprint(rule: dict[str, Any], stamp: Iterable[Any]) -> str:
-    """SHA-256 of the JSON [tool, rule, [what stamps the images]], without a list of a million of them."""
-    digest = hashlib.sha256(json.dumps([TOOL, rule])[:-1].encode() + b", [")
+def _fingerprints(rule: dict[str, Any], stamp: Iterable[Any]) -> tuple[str, str]:
+    """SHA-256 of the JSON [tool, rule, [what stamps the images]], without a list of a million of them.
+
+    The second is the same whether bad images are left out or not: as far as the work is done, there were none.
+    """
+    rules = rule, {key: value for key, value in rule.items() if key != "skip_bad"}
+    digests = [hashlib.sha256(json.dumps([TOOL, r])[:-1].encode() + b", [") for r in rules]
     for number, item in enumerate(stamp):
-        digest.update((", " * bool(number) + json.dumps(item)).encode())
-    digest.update(b"]]")
-    return digest.hexdigest()
+        text = (", " * bool(number) + json.dumps(item)).encode()
+        for digest in digests:
+            digest.update(text)
+    for digest in digests:
+        digest.update(b"]]")
+    return digests[0].hexdigest(), digests[1].hexdigest()
 
 
 def _up_to_date(beton: Path, fingerprint: str) -> dict[str, Any] | None:
