@@ -1,0 +1,89 @@
+"""log.jsonl: whatever stands in it, a run resumes and its row is written; and it is read as a stream."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+
+import pytest
+
+from sam_repro.config.compose import compose_config
+from sam_repro.optim import METRICS
+from sam_repro.records.log import read_log
+from sam_repro.training.results import CURVES, curves
+from sam_repro.training.run_log import RunLog
+
+TRAINING = dict.fromkeys((*METRICS, "lr", "rho", "step_seconds", "eta"), 0.5)
+LINES = [{"step": step, **TRAINING} for step in range(1, 5)]
+LINES += [
+    {"step": 4, "eval": "val", "correct": 3, "total": 4},
+    {"step": 4, "sharpness": {"lambda_max": 2.0, "decay": []}},
+]
+VALUES = ["NaN", "1e999", "-Infinity", '"text"', "true", "[]", "{}", "null", "9" * 5000, "[" * 100_000, "-1", "1.5"]
+
+
+def write(path, lines):
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda text: text[:9])
+def test_no_value_in_a_line_stops_a_row(value, tmp_path):
+    """Every value of every kind of line in turn."""
+    path = tmp_path / "log.jsonl"
+    for i, record in enumerate(LINES):
+        for key in record:
+            lines = [json.dumps(r) for r in LINES]
+            lines[i] = (
+                "{" + ", ".join(f'"{k}": {value if k == key else json.dumps(v)}' for k, v in record.items()) + "}"
+            )
+            write(path, lines)
+            row = curves(path)
+            json.dumps(row, allow_nan=False)
+            assert row["train"].keys() == set(CURVES) and all(
+                len(c) == len(row["train"]["step"]) for c in row["train"].values()
+            )
+            assert len(row["train"]["step"]) >= 3
+
+
+def test_no_damage_of_a_line_stops_a_row(tmp_path):
+    path, draw = tmp_path / "log.jsonl", random.Random(0)
+    whole = "".join(json.dumps(r) + "\n" for r in LINES).encode()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 20))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        json.dumps(curves(path), allow_nan=False)
+
+
+def test_a_missing_key_is_a_gap_in_its_curve(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write(path, [json.dumps(r).replace('"loss"', '"lo3s"') if r["step"] == 2 else json.dumps(r) for r in LINES])
+    assert curves(path)["train"]["loss"] == [0.5, None, 0.5, 0.5]
+
+
+def test_a_resumed_log_drops_what_is_beyond_the_checkpoint_and_what_is_damaged(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write(path, [*map(json.dumps, LINES[:3]), '{"step": 3, "lo', json.dumps(LINES[3])])
+    log = RunLog(tmp_path, compose_config(["model=vit_s32", "optim=sam", "log.wandb=disabled"]), run_id="a")
+    log.start(step=3, total=4)
+    log.record({"step": 4, "eval": "val", "correct": 1, "total": 2})
+    log.close()
+    assert [(r["step"], "eval" in r) for r in read_log(path)] == [(1, False), (2, False), (3, False), (4, True)]
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl"}
+
+
+def test_a_long_log_takes_little_memory(tmp_path):
+    """100,000 lines, and one without an end."""
+    path = tmp_path / "log.jsonl"
+    with open(path, "w") as file:
+        for step in range(1, 100_001):
+            file.write(json.dumps({"step": step, **TRAINING}) + "\n")
+        file.write("[" * 30_000_000)
+    tracemalloc.start()
+    found = curves(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["train"]["step"][-1] == 100_000 and len(found["train"]["step"]) <= 200
+    assert peak < 16e6
