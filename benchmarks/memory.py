@@ -3,6 +3,7 @@
     python benchmarks/memory.py --caps 16 24 40 80 141 --output results/benchmarks/h200-memory.json
     python benchmarks/memory.py --plan                 # only which passes would be chosen, from the trial passes
     python benchmarks/memory.py --models vit_b16 --methods gsam --caps 16 141 --alone 6     # speeds
+    python benchmarks/memory.py --table results/benchmarks/h200-memory.json                 # README's table
 
 Each entry is a run of train.py's code with debug=profile (generated images) and train.memory=<cap>: its images per
 pass and its peak. Runs share the GPU as far as their caps allow, so images per second are only kept with --alone, which
@@ -26,6 +27,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam_repro.config.compose import compose_config
+from sam_repro.config.memory import GB
+from sam_repro.paper.memory import footprint
+from sam_repro.paper.render.numbers import markdown_table
 from sam_repro.records import ledger
 
 MODELS = ["vit_b32", "vit_b16", "mixer_b16", "resnet50", "vit_s16", "vit_s32", "mixer_b32", "resnet152"]
@@ -39,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--caps", nargs="+", type=float, default=[16, 24, 40, 80, 141], help="GB of a card")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
+    parser.add_argument("--table", type=Path, help="print the stored measurements as Markdown")
     parser.add_argument("--plan", action="store_true", help="choose the passes, and train nothing")
     parser.add_argument("--alone", type=int, default=0, metavar="STEPS", help="one run at a time, of so many steps")
     parser.add_argument("--processes", type=int, default=6)
@@ -105,6 +110,23 @@ def train(model: str, method: str, cap: float, more: list[str], steps: int) -> d
     return entry | {"seconds": time.perf_counter() - start}
 
 
+def table(path: Path, caps: list[float]) -> str:
+    """Images per pass that GSAM's plan takes under each cap; where runs were made, their highest peak and number."""
+    stored = json.loads(path.read_text())["entries"]
+    passes, runs = ([e for e in stored if e["kind"] == kind] for kind in ("passes", "memory"))
+    tried = [cap for cap in caps if any(e["cap_gb"] == cap for e in runs)]
+    lines = []
+    for model in sorted({e["model"] for e in passes}):
+        found = footprint(compose_config([f"model={model}", "optim=gsam"]), passes)
+        assert found is not None
+        lines.append([f"`{model}`", *(found.chosen(cap * GB) or "none" for cap in caps)])
+        for cap in tried:
+            peaks = [e["peak_bytes"] / GB for e in runs if e["model"] == model and e["cap_gb"] == cap]
+            lines[-1].append(f"{max(peaks):.1f} GB ({len(peaks)})" if peaks else "not run")
+    header = ["model", *(f"{cap:g} GB" for cap in caps), *(f"peak under {cap:g} GB" for cap in tried)]
+    return markdown_table(header, lines)
+
+
 def work(tasks: Any, results: Any, room: Any, used: Any, args: argparse.Namespace, end: float) -> None:
     """One process: models under caps, until there are none or time is up. A model's methods share compiled code."""
     while True:
@@ -137,6 +159,9 @@ def work(tasks: Any, results: Any, room: Any, used: Any, args: argparse.Namespac
 
 def main() -> None:
     args = arguments()
+    if args.table:
+        print(table(args.table, args.caps))
+        return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sam_repro_compiled"))
     context, end = multiprocessing.get_context("spawn"), time.time() + args.seconds
     tasks, results, room = context.Queue(), context.Queue(), context.Condition()

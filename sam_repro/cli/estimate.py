@@ -8,7 +8,9 @@ The speed of a run is the smaller of its step's and its loader's, from results/b
 a row of which other seeds are finished on this hardware are those seeds'. Where nothing was measured the hours stay
 empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
 x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Compiling, evaluation and
-checkpoints are not counted. Finished runs stand beside their estimate: their hours, and in brackets how many they are.
+checkpoints are not counted. GB is the memory of each GPU, with the fewest images per pass and with the fastest number
+(train.chunk); --memory 24GB shows how many a run takes on such a card.
+Finished runs stand beside their estimate: their hours, and in brackets how many they are.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sam_repro.cli.arguments import positive, positive_number
-from sam_repro.paper.estimate import ALL, HEADER, cost_of, line_of, own_hours, summary
+from sam_repro.config.memory import memory_bytes
+from sam_repro.paper.estimate import ALL, HEADER, cost_of, line_of, memory_cells, own_hours, summary
 from sam_repro.paper.ledger_join import join_table
 from sam_repro.paper.measured_speeds import (
     known_hardware,
     load_rates,
 )
+from sam_repro.paper.memory import load_passes
 from sam_repro.paper.spec import load_table
 
 
@@ -38,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--tflops", type=positive_number, metavar="X", help="assume this sustained speed a GPU where none is known"
     )
+    parser.add_argument("--memory", metavar="GB", help="of a card, such as 24GB: also print its images per pass")
     parser.add_argument("--calibrate", action="store_true", help="measure the models and methods of the tables first")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the tables' own)")
 
@@ -49,12 +54,14 @@ def run(args: Namespace) -> None:
         from sam_repro.runner.calibrate import calibrate
 
         calibrate(tables, args.gpu)
-    entries = load_rates(args.gpu)
+    card = None if args.memory is None else memory_bytes(args.memory, "--memory")
+    entries, passes = load_rates(args.gpu), load_passes(args.gpu)
+    header = f"{HEADER} {'per pass':>8}  speed" if card else f"{HEADER}  speed"
     total, counted = [], set()
     width = max(len(ALL), *(len(row.id) for table in tables for row in table.rows))
     for table in tables:
         print(f"{table.title}")
-        print(f"  {'row':<{width}} {HEADER}")
+        print(f"  {'row':<{width}} {header}")
         for o in join_table(table, args.ledger, seeds=args.seeds):
             done = {row["run_id"] for row in o.ledger}
             runs = [r for r in o.runs if r.run_id not in counted and not (args.missing and r.run_id in done)]
@@ -62,7 +69,8 @@ def run(args: Namespace) -> None:
             own = own_hours(o.ledger, args.gpu) if args.missing else ()
             costs = [cost_of(r, entries, args.tflops, own=own) for r in runs]
             total += costs
-            print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price)}")
+            memory = memory_cells(o, passes, args.gpus, card)
+            print(f"  {o.row.id:<{width}} {line_of(o, costs, args.gpus, args.price, memory)}")
         print()
     print(summary(total, width, args.gpus, args.price))
     if any(cost.hours is not None for cost in total):

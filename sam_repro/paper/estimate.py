@@ -18,6 +18,7 @@ from sam_repro.paper.measured_speeds import (
     passes_of,
     step_rate,
 )
+from sam_repro.paper.memory import footprint
 from sam_repro.paper.outcomes import Outcome
 from sam_repro.paper.render.numbers import number
 from sam_repro.paper.runs import Run
@@ -85,17 +86,30 @@ def slower(step: Rate | None, loader: Rate | None) -> Rate | None:
 HEADER = (
     f"{'runs':>4} {'images':>10} {'GFLOP':>6} {'passes':>6} {'EFLOP':>8} {'GPU-hours':>10} {'days':>7} {'price':>8}"
 )
-HEADER += f" {'actual h':>12}  speed"
+HEADER += f" {'actual h':>12} {'GB':>11}"  # least to fastest
 ALL = "of which of known speed"  # the longest name under the rows
 
 
-def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None) -> str:
-    """What a row costs, all its seeds together, with the hours of the runs that are finished."""
+def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None, memory: str) -> str:
+    """What a row costs, all its seeds together, with the hours of the runs that are finished; and its `memory`."""
     actual = f"{sum(row.get('hours', 0.0) for row in o.ledger):.2f} ({len(o.ledger)})" if o.ledger else "–"
     how = costs[0].how if costs else "shared with a row above, finished, or nothing to run"
     one = costs[0] if costs else Cost(0, None, None, "")
     arithmetic = f"{number(one.forward, '.3g'):>6} {number(one.passes, '.3g'):>6}"
-    return f"{len(costs):>4} {figures(add(costs), arithmetic, gpus, price)} {actual:>12}  {how}"
+    return f"{len(costs):>4} {figures(add(costs), arithmetic, gpus, price)} {actual:>12} {memory}  {how}"
+
+
+def memory_cells(o: Outcome, passes: list[Entry], gpus: int, card: float | None) -> str:
+    """GB of one of `gpus` GPUs, with as few images per pass as possible and with the fastest number.
+
+    Given the bytes of a `card`, also the images per pass that a run on it would take.
+    """
+    found = [f for r in o.runs if (f := footprint(r.config, passes, gpus)) is not None]
+    gigabytes = f"{min(f.least for f in found):.1f}–{max(f.fastest for f in found):.1f}" if found else "–"
+    if card is None:
+        return f"{gigabytes:>11}"
+    images = min(f.chosen(card) for f in found) if found else None
+    return f"{gigabytes:>11} {'–' if images is None else images or 'no':>8}"
 
 
 def figures(cost: Cost, arithmetic: str, gpus: int, price: float | None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sam_repro import __version__
 from sam_repro.config.compose import to_dict
-from sam_repro.config.memory import GB, memory_bytes
+from sam_repro.config.memory import GB, MARGIN, Needs, choices, memory_bytes
 from sam_repro.config.schema import Config, OptimConfig
 from sam_repro.distributed.ranks import Ranks
 from sam_repro.errors import OutOfMemory, UserError
@@ -26,30 +26,8 @@ from sam_repro.optim import GradientStep
 from sam_repro.optim.memory import halving, no_memory
 from sam_repro.records.files import write_atomic
 
-MOST = 512  # images per pass: with more no GPU is faster
-MARGIN = 0.9  # of the memory that a run may use is planned for
 TRIAL = {"cuda": 8, "cpu": 2}  # images of the first trial pass; the second has three times as many
 ON_CPU = 1.5  # what a pass on a CPU takes over what autograd keeps, which alone can be measured there
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes at the peak of a step with passes of so many images, for groups of m."""
-
-    fixed: float  # weights, optimizer, reduced gradient: whatever the passes are
-    per_image: float  # activations
-    per_group: float  # of groups at once: gradients g and g_p, perturbed weights
-    sums: float  # of a group in micro-batches: g and g_p accumulated
-    m: int
-
-    def at(self, images: int) -> float:
-        """For passes of so many images."""
-        groups = max(images // self.m, 1)
-        return self.fixed + images * self.per_image + groups * self.per_group + (images < self.m) * self.sums
-
-    def most(self, budget: float) -> int:
-        """The largest group that fits in one pass."""
-        return max(int((budget - self.fixed - self.per_group) / self.per_image), 0)
 
 
 @dataclass(frozen=True)
@@ -121,28 +99,9 @@ def plan_passes(
     )
     peaks = found.get("peaks", {})
     sizes = list(choices(batch, m, at_once=at_once, divisible=not buffers))
-    fits = [n for n in sizes if needs.at(n) <= MARGIN * budget and peaks.get(str(n), 0.0) < budget]
+    fits = [n for n in needs.fitting(sizes, budget) if peaks.get(str(n), 0.0) < budget]
     chosen = -int(ranks.max(-(fits or sizes[-1:])[0]))
     return Plan(chosen, m, budget, needs, key, peaks)
-
-
-def choices(batch: int, m: int, *, at_once: bool, divisible: bool) -> Iterator[int]:
-    """Images per pass from the most to the fewest: several groups, one, and where it is `divisible` parts of one.
-
-    Numbers of groups that leave a smaller last pass, which is compiled on its own, are left out where one that does not
-    is nearly as large.
-    """
-    groups = batch // m
-    for c in range(min(groups, MOST // m) if at_once else 0, 1, -1):
-        if groups % c == 0 or not any(groups % d == 0 for d in range(c // 2 + 1, c)):
-            yield c * m
-    if m <= MOST or not divisible:
-        yield m
-    images = m
-    while divisible and images > 1:
-        images = -(-images // 2)
-        if images <= MOST:
-            yield images
 
 
 def copies(o: OptimConfig) -> int:
@@ -362,7 +321,7 @@ def whole_groups(step: GradientStep) -> Iterator[None]:
         plan: Plan | None = step.plan
         if plan is None or plan.needs is None or not step.buffers or not no_memory(error):
             raise
-        fits = plan.needs.most(MARGIN * plan.budget)
+        fits = plan.needs.largest_group(MARGIN * plan.budget)
         largest = max((d for d in range(1, plan.m) if plan.m % d == 0 and d <= fits), default=1)
         raise OutOfMemory(
             f"there is no memory for optim.m={plan.m} images in one pass, which BatchNorm sees together; the largest "

@@ -10,16 +10,13 @@ import torch
 
 from sam_repro.config.checks import validate
 from sam_repro.config.compose import compose_config
-from sam_repro.config.memory import memory_bytes
+from sam_repro.config.memory import MARGIN, Needs, choices, memory_bytes
 from sam_repro.config.run_id import config_hash
 from sam_repro.distributed.ranks import Ranks
 from sam_repro.errors import OutOfMemory, UserError
 from sam_repro.models.build import build_model
 from sam_repro.training.memory import (
-    MARGIN,
-    Needs,
     cgroup_limits,
-    choices,
     measure,
     memory_file,
     memory_sentence,
@@ -80,7 +77,7 @@ def test_needs_grow_with_the_images():
     needs = Needs(fixed=1e9, per_image=1e7, per_group=5e8, sums=7e8, m=64)
     assert needs.at(64) == pytest.approx(2.14e9) and needs.at(128) == pytest.approx(3.28e9)
     assert needs.at(32) == pytest.approx(2.52e9)  # with the sums, and one copy all the same
-    assert needs.most(2.14e9) == 64 and needs.most(0) == 0
+    assert needs.largest_group(2.14e9) == 64 and needs.largest_group(0) == 0
 
 
 def test_control_groups_of_either_version(tmp_path):

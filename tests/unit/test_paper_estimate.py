@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,26 @@ def test_hardware_that_nobody_measured_is_named(capsys: pytest.CaptureFixture[st
     assert main(["estimate", "demo", "--gpu", "h1o0"]) == 0
     said = capsys.readouterr()
     assert "no measured speed of h1o0 (measured: " in said.err and "GPU-hours of h1o0" not in said.out
+
+
+def test_memory_of_every_row_of_table1(capsys: pytest.CaptureFixture[str]) -> None:
+    """Images per pass grow with the card, BatchNorm's group stays whole, and a share of an unknown card is refused."""
+    chosen = {}
+    for card in ("1GB", "24GB", "80GB"):
+        main(["estimate", "table1", "--gpus", "1", "--gpu", "h200", "--memory", card])
+        lines = [
+            line.split() for line in capsys.readouterr().out.splitlines() if re.search(r"^  (vit|mixer|resnet)", line)
+        ]
+        assert len(lines) == 36
+        chosen[card] = {line[0]: line[11] for line in lines}
+        assert all(re.fullmatch(r"\d+\.\d–\d+\.\d", line[10]) for line in lines)
+    assert chosen["24GB"]["vit_b16/gsam"] == "128" and chosen["80GB"]["vit_b16/gsam"] == "512"
+    assert chosen["24GB"]["resnet152/sam"] == "64" and chosen["1GB"]["resnet152/sam"] == "no"
+    assert main(["estimate", "table1", "--memory", "0.5"]) == 2
+    assert "give GB, such as 24GB" in capsys.readouterr().err
+
+
+def test_memory_of_a_model_that_nobody_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["estimate", "demo", "--memory", "24GB"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "vit_digits/vanilla" in line)
+    assert line.split()[10:12] == ["–", "–"]
