@@ -206,7 +206,10 @@ class SharpnessAware(torch.optim.Optimizer):
         if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
             raise ValueError("sharpness-aware steps take dense gradients; an embedding here has sparse=True")
         if not any(p.grad is not None for p in params):
-            raise ValueError("first_step() found no gradient; call backward() first")
+            raise ValueError(
+                "first_step() found no gradient; call backward() first, and build the optimizer after whatever replaces "
+                "the model's parameters (fully_shard, for one)"
+            )
         step.params = params
         eps = self._perturbation(params)
         step.saved = [p.detach().clone() for p in params]
