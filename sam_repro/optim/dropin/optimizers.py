@@ -207,8 +207,8 @@ class SharpnessAware(torch.optim.Optimizer):
             raise ValueError("sharpness-aware steps take dense gradients; an embedding here has sparse=True")
         if not any(p.grad is not None for p in params):
             raise ValueError(
-                "first_step() found no gradient; call backward() first, and build the optimizer after whatever replaces "
-                "the model's parameters (fully_shard, for one)"
+                "first_step() found no gradient; call backward() first, and build the optimizer after whatever "
+                "replaces the model's parameters (fully_shard, for one)"
             )
         step.params = params
         eps = self._perturbation(params)
