@@ -12,8 +12,8 @@ $(READY): pyproject.toml install.sh
 	./install.sh $(VENV)
 	@touch $@
 
-demo: $(READY) ## train vanilla, SAM and GSAM on real digits; print the table, draw the curves
-	$(VENV)/bin/sam-repro run demo
+demo: $(READY) ## train vanilla, SAM and GSAM on real digits, a run a core; print the table, draw the figure
+	$(VENV)/bin/sam-repro run demo --per-gpu $(shell nproc)
 	$(VENV)/bin/sam-repro table demo
 	$(VENV)/bin/sam-repro figures demo
 
