@@ -27,7 +27,7 @@ from sam_repro.records.ledger import Row
 
 # Training images of the data sets, as published; Flowers and Pets: train + val.
 TRAIN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "flowers": 2_040, "pets": 3_680}
-TRAIN_IMAGES |= {"imagenette": 9_469, "imagewoof": 9_025, "digits": 1_438, "synthetic": 256}
+TRAIN_IMAGES |= {"imagenette": 9_469, "imagewoof": 9_025, "digits": 1_438, "synthetic": 256, "tin32": 100_000}
 
 
 @dataclass(frozen=True)
