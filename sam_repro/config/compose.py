@@ -61,6 +61,9 @@ def typed(cfg: Any) -> Config:
 
     OmegaConf.resolve(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing == ["recipe.name"]:
+        file = f"'defaults: [{{override /recipe@_global_.recipe: vit}}, _self_]' in configs/model/{cfg.model.name}.yaml"
+        raise UserError(f"no recipe is named: add recipe={', '.join(choices('recipe'))}, or {file}")
     if missing:
         raise UserError(f"no value for {', '.join(missing)}")
     result = OmegaConf.to_object(cfg)

@@ -1,15 +1,18 @@
-"""Models of the paper's Table 1 through timm, initialised as the reference initialises them."""
+"""Models of the paper's Table 1 through timm, initialised as the reference initialises them; any other as timm does."""
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.layers.weight_init import lecun_normal_
 from timm.models.mlp_mixer import MlpMixer
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from sam_repro.config.compose import nearest
 from sam_repro.config.schema import ModelConfig
@@ -34,22 +37,36 @@ MIXERS = {
 
 
 def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: str = "softmax") -> nn.Module:
-    """The model of `cfg` with a zero head, its bias -10 where the loss is "sigmoid".
+    """The model of `cfg` with a zero head, its bias -10 where the loss is "sigmoid"; of family "other", as timm has it.
 
     Args:
         num_classes: outputs of the head.
-        image_size: side of the input in pixels; what is left over beside whole patches is not seen, as in timm.
+        image_size: side of the input in pixels.
         loss: "sigmoid" | "softmax".
 
     Raises:
-        UserError: for a name that timm does not have, or arguments that it does not take.
+        UserError: for a name that timm does not have, arguments that it does not take, another network than the
+            family's, or a size of which the network would not see all pixels.
     """
     kwargs = creation_kwargs(cfg, num_classes=num_classes, image_size=image_size)
     try:
         model = create(cfg.timm, **kwargs)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model {cfg.name}: timm's {cfg.timm} refused {kwargs}: {error}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        other = "; model.family=other gives img_size only to those that have it" if "img_size" in str(error) else ""
+        raise UserError(f"model {cfg.name}: timm's {cfg.timm} refused {kwargs}: {error}{other}") from error
+    check_family(cfg, model)
     initialise(model, cfg.family)
+    use_own_layers(model)
+    if cfg.family != "other":
+        head = model.get_classifier()
+        nn.init.zeros_(head.weight)
+        nn.init.constant_(head.bias, SIGMOID_HEAD_BIAS if loss == "sigmoid" else 0.0)
+    check_image_size(model, cfg.name, image_size)
+    return model
+
+
+def use_own_layers(model: nn.Module) -> None:
+    """Let layers of timm's compute the same function faster."""
     for module in model.modules():
         if type(module) is not nn.Conv2d or module.groups > 1 or module.dilation != (1, 1):
             continue  # a class of its own has a forward of its own, as one that standardises its weights
@@ -59,16 +76,73 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
             module.__class__ = StemConv
     use_short_attention(model)
     use_stem_pool(model)
-    head = model.get_classifier()
-    nn.init.zeros_(head.weight)
-    nn.init.constant_(head.bias, SIGMOID_HEAD_BIAS if loss == "sigmoid" else 0.0)
-    return model
+
+
+def check_family(cfg: ModelConfig, model: nn.Module) -> None:
+    """Refuse a network whose weights cannot start as the family's do."""
+    kind = {"vit": VisionTransformer, "mixer": MlpMixer}.get(cfg.family, nn.Module)
+    fits = isinstance(model, kind) and (cfg.family != "vit" or getattr(model, "pos_embed", None) is not None)
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if cfg.family != "other" and not (fits and isinstance(head, nn.Linear | nn.Conv2d) and head.bias is not None):
+        what = {"vit": "a VisionTransformer with position embeddings", "mixer": "an MlpMixer"}.get(
+            cfg.family, "a network"
+        )
+        raise UserError(
+            f"model.family={cfg.family} is for {what} and one linear head, and {cfg.timm} is a {type(model).__name__}: "
+            "model.family=other takes any classifier of timm as timm initialises it"
+        )
+
+
+def check_image_size(model: nn.Module, name: str, size: int) -> None:
+    """Refuse images of which the network would not see all pixels, or whose feature map comes to nothing.
+
+    Runs the network on shapes alone; one that cannot run so is not checked.
+    """
+
+    def whole_patches(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        patch, side = module.stride[0], inputs[0].shape[-1]  # pyright: ignore[reportIndexIssue]
+        if side % patch:
+            fitting = f"{size // patch * patch} or " * (size >= patch) + str((size // patch + 1) * patch)
+            raise UserError(
+                f"data.image_size={size} is no multiple of {name}'s patches of {patch} pixels: {fitting} is"
+            )
+
+    def not_nothing(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not output.numel():
+            raise UserError(f"data.image_size={size} is too small for {name}: its {type(module).__name__} gets nothing")
+
+    tensors = (*model.parameters(), *model.buffers())
+    shadow = copy.deepcopy(model, {id(t): copy_to_meta(t) for t in tensors}).eval()
+    for module in shadow.modules():
+        module.register_forward_hook(not_nothing)
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and module.kernel_size == module.stride != (1, 1):
+            module.register_forward_pre_hook(whole_patches)
+    try:
+        with torch.no_grad():
+            shadow(torch.empty(2, 3, size, size, device="meta"))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a layer has for shapes that it does not take
+        if not isinstance(error, NotImplementedError) and "meta" not in str(error):
+            raise UserError(f"{name} does not take images of {size} pixels: {str(error).splitlines()[0]}") from None
+
+
+def copy_to_meta(tensor: Tensor) -> Tensor:
+    """A parameter or buffer of the same shape without data."""
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def creation_kwargs(cfg: ModelConfig, *, num_classes: int, image_size: int) -> dict[str, Any]:
     """The keyword arguments of `create` for the network of `cfg`."""
     kwargs = dict(cfg.kwargs) | (cfg.tiny_kwargs if cfg.tiny else {}) | {"num_classes": num_classes}
-    return kwargs if cfg.family == "resnet" else kwargs | {"img_size": image_size}
+    sized = cfg.family in ("vit", "mixer") or (cfg.family == "other" and takes_size(cfg.timm))
+    return {"img_size": image_size} | kwargs if sized else kwargs
+
+
+def takes_size(name: str) -> bool:
+    """Whether timm builds this network for one size of images, which is then its argument `img_size`."""
+    return getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False)
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

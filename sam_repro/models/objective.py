@@ -25,13 +25,16 @@ def forward_of(
     scale = 1 / (255 * torch.tensor(cfg.data.std, device=device).view(1, 3, 1, 1))
     layout = torch.channels_last if cfg.model.family == "resnet" else torch.contiguous_format
     own = dict(model.named_parameters())
+    # Weights that two layers share have two places to put tensors; a layer that has two names (CoaT) has one, and torch
+    # would not put its own weights back.
+    tied = len({(id(p), id(layer)) for layer in model.modules() for p in layer.parameters(recurse=False)}) > len(own)
     loose = {name: own[name].ndim for name in accept_groups(model, (PatchLinear,)) or ()}
 
     def forward(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         x = ((images.float() - mean) * scale).contiguous(memory_format=layout)
         tensors = spread_loose(tensors, loose, len(images))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return torch.func.functional_call(model, tensors, (x,)).float()
+            return torch.func.functional_call(model, tensors, (x,), tie_weights=tied).float()
 
     return forward
 

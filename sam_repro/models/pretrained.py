@@ -1,13 +1,16 @@
-"""Start from given weights: `init=<run directory or .safetensors file>`, for fine-tuning."""
+"""Start from given weights: `init=<run directory or file>`, for fine-tuning."""
 
 from __future__ import annotations
 
 import pickle
 import re
+from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -15,18 +18,73 @@ from torch import Tensor, nn
 from sam_repro.errors import UserError
 from sam_repro.records.files import sha256
 
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
+WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+)
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """timm-named weights of a run's directory, a checkpoint or a .safetensors file, in fp32 where floating."""
+    """The weights in a run's directory or a file, by name, in fp32 where floating.
+
+    Files of torch.save may hold them in a dictionary under a name that is usual; an average over training (EMA) comes
+    before the weights that it is of, as in timm.
+
+    Raises:
+        UserError: for a file of another kind, a damaged one, or one without weights.
+    """
     path = Path(path).expanduser()
     path = path / "model.safetensors" if path.is_dir() else path
     if path.exists():
         check_digest(path)
+    if path.suffix not in (*TORCH_FILES, ".safetensors") and path.exists():
+        raise UserError(
+            f"cannot read the weights {path}: they must be .safetensors, or torch's {', '.join(TORCH_FILES)}"
+        )
     try:
-        state = load_pickle(path, torch.device("cpu"))["model"] if path.suffix == ".pt" else load_file(path)
+        state = load_file(path) if path.suffix == ".safetensors" else load_pickle(path, torch.device("cpu"))
     except Exception as error:  # each library has its own for a missing or damaged file
         raise UserError(f"cannot read the weights {path}: {' '.join(str(error).split())[:200]}") from None
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    while isinstance(state, dict) and (inside := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None)):
+        state = state[inside]
+    tensors = {n: t for n, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        keys = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"cannot read the weights {path}: it has no state dict of tensors, but {keys}")
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Whether `path` is a run's directory, or a model.safetensors that a run has left."""
+    if path.suffix != ".safetensors":
+        return path.is_dir()
+    try:
+        with safe_open(path, "pt") as file:
+            return bool({"sam_repro", "run_id"} & (file.metadata() or {}).keys())
+    except Exception:  # the library's own for a damaged file, which is said where it is read
+        return False
+
+
+def unprefixed(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The weights without what wrappers put before all names (DistributedDataParallel, torch.compile, Lightning).
+
+    Args:
+        own: the names in the model. What has not the prefix is no part of the model, such as a count of averages.
+    """
+    for prefix in PREFIXES:
+        inner = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+        inner = unprefixed(inner, own) if inner else {}
+        if len(inner.keys() & set(own)) > len(weights.keys() & set(own)):
+            return inner
+    return weights
 
 
 def check_digest(path: Path) -> None:
@@ -46,13 +104,15 @@ def load_pickle(path: Path, device: torch.device) -> Any:
         ValueError: if the file holds anything else, which could run code while it is read.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # a record of arguments, as most training scripts save
+            return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:  # torch's message advises to load it all the same
         raise ValueError("it is damaged, or holds objects that could run code when they are loaded") from None
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], refusal: str) -> None:
     """Load all of them. Raises UserError, which begins with `refusal` and names the first tensor that does not fit."""
+    weights = unprefixed(weights, model.state_dict().keys())
     try:
         model.load_state_dict(weights)
     except RuntimeError:  # torch lists them all
@@ -74,11 +134,12 @@ def start_from(model: nn.Module, path: str | Path) -> str:
     Raises:
         UserError: if the file cannot be read or is of another network.
     """
-    weights, adapted = read_weights(path), []
-    own = model.state_dict()
+    own, adapted = model.state_dict(), []
+    weights = unprefixed(read_weights(path), own)
     head = model.get_classifier()  # pyright: ignore[reportCallIssue]
-    heads = [name for name, module in model.named_modules() if module is head]
-    for name in [f"{prefix}.{kind}" for prefix in heads for kind in ("weight", "bias")]:
+    parts = head if isinstance(head, tuple) else (head,)  # a distilled DeiT has two
+    heads = [name for name, module in model.named_modules() if any(module is part for part in parts)]
+    for name in [n for prefix in heads for n in (f"{prefix}.weight", f"{prefix}.bias") if n in own]:
         if name not in weights or weights[name].shape != own[name].shape:
             weights[name] = own[name]
             adapted += [] if name.endswith("bias") else ["a new head"]

@@ -70,13 +70,14 @@ def open_split(cfg: Config, ranks: Ranks, split: str, *, training: bool, batch_s
 
 def split_batch(cfg: Config, world: int) -> int:
     """Images per rank and step."""
-    local, rest = divmod(cfg.recipe.batch_size, world)
-    if rest:
-        raise UserError(f"recipe.batch_size={cfg.recipe.batch_size} does not divide over {world} processes")
-    if cfg.optim.perturb != "none" and local % cfg.optim.m:
-        most = cfg.recipe.batch_size // cfg.optim.m
-        hint = f"; recipe.batch_size={cfg.recipe.batch_size} is enough for {most} of them" if 0 < most < world else ""
-        raise UserError(f"optim.m={cfg.optim.m} does not divide the batch of {local} images a process{hint}")
+    batch, m = cfg.recipe.batch_size, cfg.optim.m if cfg.optim.perturb != "none" else 1
+    local, rest = divmod(batch, world)
+    if rest or local % m:
+        why = f"recipe.batch_size={batch} does not divide over {world} processes"
+        if not rest:
+            why = f"optim.m={m} does not divide the batch of {local} images a process"
+        fitting = [str(n) for n in range(1, batch + 1) if batch % (n * m) == 0 and n <= 1024]
+        raise UserError(f"{why}; numbers of processes that fit: {', '.join(fitting)}" if fitting else why)
     if cfg.augment.mixup and (cfg.optim.m == 1 or local % (cfg.optim.m or local)):
         why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {local} images a process"
         raise UserError(f"augment.mixup mixes within groups of optim.m={cfg.optim.m} images, which {why}")
