@@ -3,7 +3,8 @@
   sam-repro check                                      # exit code 1, and what is stale or edited by hand
   sam-repro check --write                              # write the generated files and blocks anew
 
-It checks that every ledger row is whole and its counts are possible; that Table 4 is what the configurations say;
+It checks that every ledger row is whole and its counts are possible; that Table 4 is what the configurations say; that
+rows cite the deviations of their runs;
 that results/README.md and results/index.html are what `sam-repro report` makes of the ledger; and that the blocks
 
     <!-- sam-repro table demo --format md -->
@@ -20,7 +21,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sam_repro.errors import UserError
-from sam_repro.paper.check import generated, rows_problems, table4_problems
+from sam_repro.paper.check import generated, rows_problems, settings_problems, warnings_problems
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: Namespace) -> int:
     """Print what is wrong, one line each; returns 1 if anything is."""
     if not (args.root / "results").is_dir():
         raise UserError(f"{args.root} is no checkout: it has no folder results")
-    problems = [*rows_problems(args.root / "results" / "runs"), *table4_problems()]
+    problems = [*rows_problems(args.root / "results" / "runs"), *settings_problems(), *warnings_problems()]
     for path, text in generated(args.root):
         if path.is_file() and path.read_text() == text:
             continue

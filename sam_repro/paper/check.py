@@ -8,13 +8,14 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from sam_repro.config.compose import compose_config
 from sam_repro.errors import UserError
-from sam_repro.paper.ledger_join import join_table, join_tables
+from sam_repro.paper.deviations import OF_COLUMNS, deviations_of
+from sam_repro.paper.ledger_join import join_table, join_tables, runs_of
+from sam_repro.paper.outcomes import computed, is_as_printed
 from sam_repro.paper.render.overview import costs, overview
 from sam_repro.paper.render.report import assemble
 from sam_repro.paper.render.tables import FORMATS, render
-from sam_repro.paper.spec import load_table
+from sam_repro.paper.spec import load_table, table_names
 from sam_repro.records.ledger import read_row
 from sam_repro.records.row_schema import seal_of
 
@@ -41,19 +42,25 @@ def rows_problems(folder: Path) -> Iterator[str]:
                 yield f"{path}: {name} has {row['evals'][name]['correct']} correct, but its curve ends at {last[name]}"
 
 
-def table4_problems() -> Iterator[str]:
-    """Where configs/model and configs/recipe differ from the paper's Table 4."""
-    for row in load_table("table4").rows:
-        model = row.id.split("/")[0]
-        literal = ["recipe=resnet_table4"] if model.startswith("resnet") else []
-        cfg = compose_config([f"model={model}", "optim=gsam", *literal])
-        ours = {"rho_max": cfg.optim.rho_max, "rho_min": cfg.optim.rho_min, "alpha": cfg.optim.alpha}
-        ours |= {"lr": cfg.recipe.lr, "lr_min": cfg.recipe.lr * cfg.recipe.lr_min_ratio, "epochs": cfg.recipe.epochs}
-        ours |= {"weight_decay": cfg.recipe.weight_decay, "warmup_steps": cfg.recipe.warmup_steps}
-        for key, printed in row.printed.items():
-            assert isinstance(printed, (int, float))
-            if abs(ours[key] - printed) > 1e-9:
-                yield f"Table 4, {row.model}: {key} is {printed:g} in the paper and {ours[key]:g} in the configurations"
+def settings_problems() -> Iterator[str]:
+    """Where configs/ differ from the settings that a paper prints (GSAM's Table 4)."""
+    for table in map(load_table, table_names("paper")):
+        for row in (row for row in table.rows if row.settings):
+            for column in table.columns:
+                ours, printed = computed(row, column), row.printed[column.name]
+                if ours is None or not is_as_printed(ours, printed):
+                    where = f"{table.title}, {row.model}: {column.name}"
+                    yield f"{where} is {printed} in the paper and {ours} in the configurations"
+
+
+def warnings_problems() -> Iterator[str]:
+    """Rows that do not cite a deviation that concerns their runs or columns: what shares runs shares warnings."""
+    for table in map(load_table, table_names("paper")):
+        columns = {OF_COLUMNS[c.name] for c in table.columns if c.name in OF_COLUMNS}
+        for row in table.rows:
+            concerned = columns | {d for r in runs_of(table, row, seeds=1) for d in deviations_of(r.config)}
+            if lacking := concerned - {*table.warnings, *row.warnings}:
+                yield f"table {table.name}, row {row.id}: it does not cite {', '.join(sorted(lacking))}"
 
 
 def generated(root: Path) -> Iterator[tuple[Path, str]]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sam_repro.config.compose import nearest
 from sam_repro.errors import UserError
-from sam_repro.paper.outcomes import Cell, Outcome, computed, state_of, summary, value_of, winners
+from sam_repro.paper.outcomes import Cell, Outcome, computed, is_as_printed, state_of, summary, value_of, winners
 from sam_repro.paper.runs import Run, make_run, words_of
 from sam_repro.paper.spec import Table, TableRow, load_table, table_names
 from sam_repro.paper.statistics import verdict
@@ -119,6 +119,8 @@ def join_row(
         values = [v for v in values if v is not None]
         ours, printed = summary(values, column), row.printed.get(column.name)
         word = verdict(ours, printed, digits=column.digits)
+        if row.settings and ours is not None:
+            word = "as printed" if is_as_printed(ours.mean, printed) else "differs"
         if word == "pending" and state != "done":
             word = state
         if any(r["status"] == "diverged" for r in found):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sam_repro.config.compose import compose_config
+from sam_repro.config.schema import Config
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import Column, Table, TableRow
 from sam_repro.paper.statistics import Comparison, Interval, compare, interval, magnitudes
@@ -104,12 +106,29 @@ def value_of(row: Row, column: Column) -> float | None:
 
 
 def computed(row: TableRow, column: Column) -> float | None:
-    """A value that needs no run: of GSAM's toy (Fig. 3), the top eigenvalue where a method ends."""
+    """A value that needs no run: a setting (Table 4), or in GSAM's toy (Fig. 3) the top eigenvalue at the end."""
+    if row.settings and column.value:
+        return setting(compose_config(list(row.settings)), column.value)
     if column.value != "toy.sharpness":
         return None
     from sam_repro.paper.toys.surface import descend
 
     return descend(row.method_id).top
+
+
+def setting(cfg: Config, path: str) -> float:
+    """The value at `config.<key>` of a configuration; recipe.lr_min is the learning rate at the end."""
+    if path == "config.recipe.lr_min":
+        return cfg.recipe.lr * cfg.recipe.lr_min_ratio
+    node: Any = cfg
+    for key in path.removeprefix("config.").split("."):
+        node = getattr(node, key)
+    return float(node)
+
+
+def is_as_printed(value: float, printed: float | str | None) -> bool:
+    """Whether a setting is the printed one, all its digits."""
+    return isinstance(printed, (int, float)) and abs(value - printed) <= 1e-9
 
 
 def curve(row: Row, name: str) -> list[float | None]:

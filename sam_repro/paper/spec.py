@@ -17,6 +17,7 @@ rows:     list of
     model:     as the table prints it
     method:    as the table prints it
     overrides: what `python train.py` gets after `base`; absent where there is nothing to run
+    settings:  of a row without overrides: those of the configuration whose values are shown, as `config.<key>`
     printed:   {column: number, or 'not in our sources'}; a column left out is one that the paper does not have
     where:     the place in the paper, where it differs from `source`
     origin:    who measured the printed number, where it was not the paper
@@ -71,6 +72,7 @@ class TableRow:
     model: str
     method: str
     overrides: tuple[str, ...] | None = None
+    settings: tuple[str, ...] = ()
     printed: dict[str, float | str] = field(default_factory=dict)
     where: str = ""
     origin: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from sam_repro.config.checks import validate
 from sam_repro.config.compose import compose_config
 from sam_repro.config.schema import Config
-from sam_repro.paper import check
-from sam_repro.paper.check import table4_problems
+from sam_repro.paper import check, outcomes
+from sam_repro.paper.check import settings_problems, warnings_problems
 from sam_repro.paper.estimate import cost_of
 from sam_repro.paper.ledger_join import runs_of
 from sam_repro.paper.runs import Run
@@ -82,7 +83,7 @@ def test_tables_2_5_and_6_agree_with_table_1_where_they_overlap() -> None:
 def test_table_4_equals_the_configurations() -> None:
     rows = load_table("table4").rows
     assert len(rows) == 12 and all(len(row.printed) == 8 for row in rows)
-    assert list(table4_problems()) == []
+    assert list(settings_problems()) == []
     for row in rows:
         model = row.id.split("/")[0]
         recipe = compose_config([f"model={model}"]).recipe
@@ -95,8 +96,10 @@ def test_a_configuration_that_strays_from_table_4_is_named(monkeypatch: pytest.M
         cfg.optim.alpha += 0.1 * (cfg.model.name == "vit_b32")
         return cfg
 
-    monkeypatch.setattr(check, "compose_config", strayed)
-    assert list(table4_problems()) == ["Table 4, ViT-B/32: alpha is 0.6 in the paper and 0.7 in the configurations"]
+    monkeypatch.setattr(outcomes, "compose_config", strayed)
+    assert list(settings_problems()) == [
+        "GSAM, Table 4: hyper-parameters, ViT-B/32: alpha is 0.6 in the paper and 0.7 in the configurations"
+    ]
 
 
 def test_eigenvalues_of_the_rebuttal() -> None:
@@ -151,3 +154,14 @@ def test_the_guide_counts_runs_and_eflop_as_the_tables_do(name: str) -> None:
     assert numbers[0][place] == len(runs)
     if not name.startswith("eigen"):
         assert numbers[1][place] == pytest.approx(sum(cost_of(r, []).eflop or 0 for r in runs.values()), rel=0.02)
+
+
+def test_rows_that_share_runs_share_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fig. 9's runs are on ImageNet with AdamW, whatever the file says; Table 1 has ReaL and V2."""
+    assert list(warnings_problems()) == []
+    strip = {name: replace(load_table(name), warnings=()) for name in ("fig9", "table1")}
+    monkeypatch.setattr(check, "table_names", lambda kind: list(strip))
+    monkeypatch.setattr(check, "load_table", strip.get)
+    fig9, *_ = [p for p in warnings_problems() if p.startswith("table fig9")]
+    assert fig9.endswith("does not cite D-01, D-02, D-05, D-06, D-07, D-18, D-21, D-22")
+    assert any("vit_b32/vanilla" in p and "D-19" in p and "D-25" in p for p in warnings_problems())

@@ -80,6 +80,8 @@ def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
     digits = cell.column.digits
     if cell.ours is None:
         ours = "–"
+    elif o.row.settings:
+        ours = f"{cell.ours.mean:.{digits}f}"
     else:
         wanted = f" of {len(o.runs)}" if cell.ours.n < len(o.runs) else ""
         ours = f"{spread_of(cell.ours, digits + 1)} ({cell.ours.n}{wanted})"
