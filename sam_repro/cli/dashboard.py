@@ -13,11 +13,11 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sam_repro.cli.sync import has_key
 from sam_repro.errors import UserError
-from sam_repro.paper.dashboard import dashboard_of, push
 from sam_repro.paper.ledger_join import join_table
+from sam_repro.paper.render.wandb_workspace import dashboard_of, push
 from sam_repro.paper.spec import load_table
+from sam_repro.training.wandb_writer import has_key
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -44,6 +44,7 @@ LIGHT_MODULES = {
     "data.write.layouts",
     "data.write.torchvision",
     "training.signals",
+    "training.wandb_replay",
     "training.wandb_writer",
 }
 # The functions of light packages that may import heavy ones when they are called, by module.

@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from sam_repro.cli.main import main
-from sam_repro.cli.sync import metrics_of, run_folders
+from sam_repro.cli.sync import run_folders
 from sam_repro.config.compose import compose_config, to_dict
 from sam_repro.config.run_id import run_id
-from sam_repro.paper.dashboard import build_report, build_workspace, dashboard_of
 from sam_repro.paper.ledger_join import join_table
+from sam_repro.paper.render.wandb_workspace import build_report, build_workspace, dashboard_of
 from sam_repro.paper.spec import load_table
+from sam_repro.records.log import metrics_of
 
 LOG = [
     {"step": 11, "loss": 2.0, "surrogate_gap": 0.1, "cosine": 0.9},
