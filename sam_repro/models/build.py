@@ -82,7 +82,7 @@ def check_family(cfg: ModelConfig, model: nn.Module) -> None:
     """Refuse a network whose weights cannot start as the family's do."""
     kind = {"vit": VisionTransformer, "mixer": MlpMixer}.get(cfg.family, nn.Module)
     fits = isinstance(model, kind) and (cfg.family != "vit" or getattr(model, "pos_embed", None) is not None)
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    head: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # pyright: ignore
     if cfg.family != "other" and not (fits and isinstance(head, nn.Linear | nn.Conv2d) and head.bias is not None):
         what = {"vit": "a VisionTransformer with position embeddings", "mixer": "an MlpMixer"}.get(
             cfg.family, "a network"
