@@ -24,6 +24,8 @@ FLOAT = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WORD = re.compile(r"(?!(true|false|null|inf|nan)$)[a-z_/][\w/.-]*", re.IGNORECASE)
 CONSTANTS = {"true": True, "false": False, "null": None}
 INTERPOLATION = re.compile(r"\$\{(\w+)\.(\w+)\}")
+ARGUMENT = re.compile(r"\+model\.(kwargs|tiny_kwargs)\.(\w+)")  # of timm's, which the model does not set yet
+ADDED = ("+kwargs", "+tiny_kwargs")
 OVERRIDE = re.compile(r"override /(\w+)(@.*)?")
 
 
@@ -59,8 +61,8 @@ def compose_files(words: list[str]) -> Config | None:
         for part in chosen_trees(files):
             merge(tree, part)
         for (node, key), value in values.items():
-            into = tree.get(node) if node else tree
-            if not isinstance(into, dict) or key not in into or isinstance(into[key], dict):
+            into = tree["model"].get(node[1:]) if node in ADDED else tree.get(node) if node else tree
+            if not isinstance(into, dict) or (key in into) == (node in ADDED) or isinstance(into.get(key), dict):
                 raise OnlyHydraKnows
             into[key] = value
         return build(Config, resolve(tree, tree))
@@ -69,13 +71,20 @@ def compose_files(words: list[str]) -> Config | None:
 
 
 def split_words(words: list[str]) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
-    """({folder: name of its file}, {(node, key): value}) of overrides; the root's own keys are of node ''."""
+    """({folder: name of its file}, {(node, key): value}) of overrides.
+
+    The root's own keys are of node ''; those of the nodes in ADDED are new ones.
+    """
     files, values, known = {}, {}, folders()
     for word in words:
         key, _, value = word.partition("=")
-        if not re.fullmatch(r"\w+(\.\w+)?", key):
+        if added := ARGUMENT.fullmatch(key):
+            if (place := (f"+{added[1]}", added[2])) in values:
+                raise OnlyHydraKnows
+            values[place] = parse(value)
+        elif not re.fullmatch(r"\w+(\.\w+)?", key):
             raise OnlyHydraKnows
-        if key in known:
+        elif key in known:
             files[key] = parse(value)
         else:
             node, _, last = key.rpartition(".")

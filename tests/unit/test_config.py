@@ -192,12 +192,25 @@ def composed_both_ways() -> list[list[str]]:
     values = "recipe.lr=1 recipe.lr=.5 recipe.lr=1e-3 recipe.lr=5. optim.m=8 optim.faithful_rho=True data.root=null "
     values += "data.root=/a-b/c.1 log.group=table1/vit_b32 recipe.betas=[0.9,1e-1] data.eval_sets=[val,v2] "
     values += "train.compile=null init=runs/a-b seed=3 recipe.steps=5 optim.alpha=${model.sam_rho} log.runs_dir=/x"
-    return [*alone, *together, *([word, "debug=tiny"] for word in values.split())]
+    added = ["model=vit_s16", "+model.kwargs.patch_size=4", "+model.kwargs.depth=8", "+model.tiny_kwargs.x=[1,.5]"]
+    return [*alone, *together, added, *([word, "debug=tiny"] for word in values.split())]
 
 
 def test_composing_without_hydra_is_hydra_s():
     for words in composed_both_ways():
         assert compose_files(words) == compose_with_hydra(words), words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=vit_s16", "+model.kwargs.weight_init=x"],  # is there already
+        ["+model.kwargs.depth=8", "+model.kwargs.depth=9"],
+        ["+recipe.lr=1"],
+    ],
+)
+def test_a_key_that_cannot_be_added_is_left_to_hydra(words):
+    assert compose_files(words) is None
 
 
 @pytest.mark.parametrize("word", ["data.root=05", "data.name=12", "recipe.epochs=1_0", "data.root=a:b"])
