@@ -229,3 +229,8 @@ def long_functions(folder: Path) -> list[str]:
 
 def test_a_function_fits_on_a_screen():
     assert long_functions(ROOT / "sam_repro") == []
+
+
+def test_test_files_have_names_of_their_own():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest takes two files of one name for one module"
