@@ -17,7 +17,7 @@ demo: $(READY) ## train vanilla, SAM and GSAM on real digits, a run a core; prin
 	$(VENV)/bin/sam-repro table demo
 	$(VENV)/bin/sam-repro figures demo
 
-test: $(READY) ## the tests that need neither a GPU nor SLURM, but for the slow ones (under 10 minutes on 2 cores)
+test: $(READY) ## the tests that need neither a GPU nor SLURM, without the slow ones (5 to 6 minutes on 2 cores)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the tests that take minutes each

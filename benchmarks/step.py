@@ -82,9 +82,8 @@ def forward_gflop(bench: Bench) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Callable[[list[dict]], None]) -> list[dict]:
-    """Every party of one model; rows of the JSON, saved after each. `ceiling`: TFLOP/s, 0 where it is not known."""
-    bench = Bench(name, args.batch, args.size, args.device)
+def makers_of(bench: Bench, args: argparse.Namespace) -> dict[str, Callable[[], Party]]:
+    """The parties that are wanted and can be had, each as what builds it."""
     makers: dict[str, Callable[[], Party]] = {
         "timm": lambda: bench.plain(1, timm=True),
         "vanilla": lambda: bench.plain(1),
@@ -105,6 +104,13 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
     makers["floor-again"] = makers["floor"]  # last, to see a drift of the machine
     if args.parties:
         makers = {k: v for k, v in makers.items() if k in args.parties}
+    return makers
+
+
+def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Callable[[list[dict]], None]) -> list[dict]:
+    """Every party of one model; rows of the JSON, saved after each. `ceiling`: TFLOP/s, 0 where it is not known."""
+    bench = Bench(name, args.batch, args.size, args.device)
+    makers = makers_of(bench, args)
     gflop, medians, rows = forward_gflop(bench), {}, []
     # A GPU does not hold the captured memory of all; a CPU does, and other people's work on it is then everybody's.
     for turn in [[party] for party in makers] if bench.gpu else [list(makers)]:

@@ -123,7 +123,7 @@ def decay(folder: Path) -> dict[str, Any]:
     """What is left of an eigenvector after some steps of training: Eigen-SAM's rebuttal, Fig. 2."""
     from sam_repro.curvature.from_log import decay_by_age, measurements
 
-    ages = decay_by_age(measurements(folder))
+    ages = decay_by_age(measurements(folder, "decay"))
     if not ages:
         raise UserError(f"{folder}: no measurement has a former eigenvector to look back at")
     means = {a: {k: sum(e[k]) / len(e[k]) for k in ("cosine", "quality")} for a, e in ages.items()}
@@ -136,9 +136,9 @@ def alignment(folder: Path) -> dict[str, Any]:
     """Alignment of the method's perturbation with the top eigenvector, and that eigenvalue, over training."""
     from sam_repro.curvature.from_log import measurements
 
-    found = measurements(folder)
-    keys = ("step", "alignment", "lambda_max", "estimate", "first_order")
-    series = {key: [record[key] for record in found] for key in keys}
+    keys = ("alignment", "lambda_max", "estimate", "first_order")
+    found = measurements(folder, *keys)
+    series = {key: [record[key] for record in found] for key in ("step", *keys)}
     print(f"|cos(eps, v)| from {series['alignment'][0]:.3f} to {series['alignment'][-1]:.3f}")
     return {"run": folder.name, **series}
 

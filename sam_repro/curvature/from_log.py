@@ -9,18 +9,29 @@ from sam_repro.errors import UserError
 from sam_repro.records.log import read_log
 
 
-def measurements(run: Path) -> list[dict[str, Any]]:
-    """The run's sharpness records, oldest first: {"step": ..., and what sharpness.Monitor measures}.
+def measurements(run: Path, *keys: str) -> list[dict[str, Any]]:
+    """The run's sharpness records, oldest first: {"step": ..., and what curvature.monitor.Monitor measures}.
+
+    A record in which one of `keys` is missing or damaged is left out.
 
     Raises:
         UserError: where there are fewer than two.
     """
-    found = [{"step": r["step"]} | r["sharpness"] for r in read_log(run / "log.jsonl") if "sharpness" in r]
+    records = ({"step": r["step"]} | r["sharpness"] for r in read_log(run / "log.jsonl") if "sharpness" in r)
+    found = [record for record in records if all(is_whole(key, record.get(key)) for key in keys)]
     if len(found) < 2:
         raise UserError(
             f"{run} has {len(found)} measurements over training, and this needs two: train with sharpness.every=100"
         )
     return found
+
+
+def is_whole(key: str, value: Any) -> bool:
+    """Whether a value is a number, or for "decay" rows of three; the log's reader has None for a damaged number."""
+    if key != "decay":
+        return isinstance(value, (int, float))
+    rows = value if isinstance(value, list) else [None]
+    return all(isinstance(row, list) and [isinstance(x, (int, float)) for x in row] == [True] * 3 for row in rows)
 
 
 def decay_by_age(found: list[dict[str, Any]]) -> dict[int, dict[str, list[float]]]:

@@ -63,7 +63,7 @@ def write_manifest(
 
 
 def seal(content: dict[str, Any], *without: str) -> str:
-    """SHA-256 of a manifest's fields, but for its seal and those named: no field of it changes unseen."""
+    """SHA-256 of a manifest's fields without its seal and those named: no field of it changes unseen."""
     sealed = {key: value for key, value in content.items() if key not in ("seal", *without)}
     return sha256(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode())
 

@@ -83,7 +83,7 @@ def unique_runs(
     """
     extra = tuple(extra)
     wanted_rows = [(table, row) for table in tables for row in table.rows]
-    bar = tqdm(wanted_rows, desc="rows", leave=False, disable=None, delay=1)  # composing hundreds takes a minute
+    bar = tqdm(wanted_rows, desc="rows", leave=False, disable=None, delay=1)
     rows = [runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger) for table, row in bar]
     in_turn = [run for turn in itertools.zip_longest(*rows) for run in turn if run is not None]
     return {run.run_id: run for wanted in in_turn for run in (wanted.after, wanted) if run is not None}
@@ -154,7 +154,7 @@ def join_tables(names: list[str], ledger_dir: Path | None = None) -> list[Joined
         raise UserError(f"there is no folder {ledger_dir} with ledger rows")
     parts = []
     every = names or sorted((n for n in table_names() if n != "demo"), key=place)
-    for name in tqdm(every, desc="tables", leave=False, disable=None):  # composing them all takes a while
+    for name in tqdm(every, desc="tables", leave=False, disable=None):
         table = load_table(name)
         try:
             parts.append(JoinedTable(table, join_table(table, ledger_dir)))

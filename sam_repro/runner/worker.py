@@ -143,7 +143,7 @@ def attempt(task: dict[str, Any]) -> Answer:
     try:
         from sam_repro.training.main import main as train  # an exception in here leaves modules half made
 
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # which pool.py blocked in a new worker
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # which the scheduler blocked in a new worker
         cfg = compose_config(task["overrides"])
         cfg.log.progress = "lines"
         if task["ledger"]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sam_repro import __version__
 from sam_repro.config.compose import to_dict
-from sam_repro.config.memory import GB, MARGIN, Needs, choices, memory_bytes
+from sam_repro.config.memory import GB, MARGIN, Needs, batch_bytes, choices, memory_bytes
 from sam_repro.config.schema import Config, OptimConfig
 from sam_repro.distributed.ranks import Ranks
 from sam_repro.errors import OutOfMemory, UserError
@@ -87,9 +87,7 @@ def plan_passes(
         remember(key, found)
     size = 4.0 * sum(p.numel() for p in params.values())  # one fp32 copy of the weights
     now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0.0
-    images = (
-        2.0 * cfg.recipe.batch_size / ranks.world * 3 * cfg.data.image_size**2
-    )  # uint8; the next batch is on its way
+    images = batch_bytes(cfg.recipe.batch_size / ranks.world, cfg.data.image_size)
     needs = Needs(
         fixed=now + images + found["transient"] + size * copies(cfg.optim),
         per_image=found["per_image"],

@@ -17,7 +17,7 @@ class Interrupted(SystemExit):
 
 
 def handle(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> dict[signal.Signals, Any]:
-    """Call `handler` on these signals, but for a HUP that nohup switched off; returns those before, for restore()."""
+    """Call `handler` on these signals, except a HUP that nohup switched off; returns those before, for restore()."""
     before = {}
     for number in numbers:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:

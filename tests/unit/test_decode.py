@@ -140,7 +140,7 @@ def as_read_from_a_folder(root, data: bytes, side: int) -> np.ndarray:
 
 
 def test_folders_and_write_agree(files, tmp_path):
-    """The same pixels, but for re-encoding, or refused by both; and by every way in which a folder is read."""
+    """The same pixels up to re-encoding, or refused by both; and by every way in which a folder is read."""
     wrong, refused = [], []
     for name, data in files.items():
         folder = read_or_refused(lambda data=data: decode(data, "x"))

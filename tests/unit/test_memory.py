@@ -13,8 +13,9 @@ from sam_repro.config.compose import compose_config
 from sam_repro.config.memory import MARGIN, Needs, choices, memory_bytes
 from sam_repro.config.run_id import config_hash
 from sam_repro.distributed.ranks import Ranks
-from sam_repro.errors import OutOfMemory, UserError
+from sam_repro.errors import MEMORY_WORDS, OutOfMemory, UserError, out_of_memory
 from sam_repro.models.build import build_model
+from sam_repro.optim.memory import WORDS, no_memory
 from sam_repro.training.memory import (
     cgroup_limits,
     measure,
@@ -171,3 +172,10 @@ def test_what_is_remembered(tmp_path, monkeypatch):
         assert recall("a") == {}
     remember("a", {"per_image": 1.0})
     assert recall("a") == {"per_image": 1.0}
+
+
+def test_what_halves_a_pass_is_also_told_in_one_sentence():
+    """Two lists, since optim/ imports nothing and errors.py no torch: what one knows the other must know."""
+    assert set(WORDS) <= set(MEMORY_WORDS)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), *map(RuntimeError, WORDS)):
+        assert no_memory(error) and out_of_memory(error) is not None

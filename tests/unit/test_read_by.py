@@ -26,6 +26,8 @@ from sam_repro.paper.spec import load_table, table_names
 from sam_repro.training.job import lr_schedule_of, rho_of
 from sam_repro.training.method import gradient_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, BATCH = 7, 8
 ELSEWHERE = {"name": "in tables", "groups": "on a GPU, where it changes no result", "eigen_tf32": "on a GPU"}
 
@@ -91,15 +93,6 @@ def variant(cfg: Config, key: str, value) -> Config | None:
     except UserError:
         return None
     return other
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products in two threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", choices("optim"))

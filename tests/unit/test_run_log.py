@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 
 from sam_repro.config.compose import compose_config
+from sam_repro.curvature.from_log import decay_by_age, measurements
 from sam_repro.optim import METRICS
 from sam_repro.records.log import read_log
 from sam_repro.training.results import CURVES, curves
@@ -87,3 +88,17 @@ def test_a_long_log_takes_little_memory(tmp_path):
     tracemalloc.stop()
     assert found["train"]["step"][-1] == 100_000 and len(found["train"]["step"]) <= 200
     assert peak < 16e6
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda text: text[:9])
+def test_a_damaged_measurement_is_left_out_of_the_pictures(value, tmp_path):
+    whole = {"alignment": 0.2, "decay": [[11, 0.9, 0.95]]}
+    lines = [json.dumps({"step": step, "sharpness": whole}) for step in (1, 2)]
+    for key in whole:
+        damaged = json.dumps({"step": 3, "sharpness": whole | {key: "here"}}).replace('"here"', value)
+        inside = json.dumps({"step": 4, "sharpness": whole | {"decay": [[11, "here", 0.95]]}}).replace('"here"', value)
+        write(tmp_path / "log.jsonl", [*lines, damaged, inside])
+        found = measurements(tmp_path, *whole)
+        assert [record["step"] for record in found][:2] == [1, 2]
+        assert all(isinstance(record["alignment"], (int, float)) for record in found)
+        assert decay_by_age([record for record in found if record["step"] < 3])[11]["cosine"] == [0.9, 0.9]

@@ -16,6 +16,8 @@ from sam_repro.errors import UserError
 from sam_repro.models.build import build_model, takes_size
 from sam_repro.training.method import gradient_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The smallest network of every module of timm: those that take a second or two, and the others.
 QUICK = re.findall(
     r"\w+",
@@ -43,15 +45,6 @@ SLOW = re.findall(
     """,
 )
 NO_CLASSIFIERS = {"deepseek_vit", "gemma4_vit", "qwen3_vit"}  # the image halves of language models
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products in two threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_architecture_is_here():

@@ -147,7 +147,7 @@ def train_tar(path: Path) -> RawSplit:
 
 
 def _members(path: Path, suffixes: tuple[str, ...] = (".jpeg", ".jpg")) -> list[tarfile.TarInfo]:
-    """The files of an archive with these endings, but for hidden ones."""
+    """The files of an archive with these endings, without hidden ones."""
     try:
         with tarfile.open(path, "r:") as archive:
             names = ((m, Path(m.name).name) for m in archive if m.isfile())

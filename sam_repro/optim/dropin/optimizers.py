@@ -335,7 +335,7 @@ class SharpnessAware(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes, for copies and pickles, but for what is attached to this object from outside."""
+        """All attributes, for copies and pickles, without what is attached to this object from outside."""
         outside = ("_optimizer_", "_warned_")
         return {k: v for k, v in vars(self).items() if k not in ATTACHED and not k.startswith(outside)}
 
