@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             f"sam-repro {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
         )
         module.add_arguments(parser)
-        return module.run(parser.parse_args(rest)) or 0
+        return module.run(parser.parse_intermixed_args(rest)) or 0  # words may stand after options
     except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

@@ -2,10 +2,11 @@
 
   sam-repro table demo
   sam-repro table table1 --format html --output table1.html
+  sam-repro table demo --format brief                  # the rows alone
   sam-repro table table1 --format csv                  # one line a number, for other programs
 
 Verdicts: pending (no run yet), running, one seed, within / above / below (our interval, widened by the rounding of
-the printed number, against that number), measured (the paper has no such number), diverged, not in our sources.
+the printed number, against that number), diverged, not in our sources.
 """
 
 from __future__ import annotations

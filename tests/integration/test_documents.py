@@ -1,22 +1,32 @@
-"""Every Python block of the documents for library users runs as printed, after the blocks above it."""
+"""What the documents show works: Python blocks run as printed, commands are accepted as typed."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from commands import train
+
+from sam_repro.cli.main import main
+from sam_repro.config.compose import compose_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+PYTHON = [("README.md", 1), ("docs/OWN_LOOP.md", 7), ("docs/CURVATURE.md", 1), ("docs/methods/README.md", 1)]
 
 
 def blocks(name: str) -> list[str]:
     return BLOCK.findall((ROOT / name).read_text())
 
 
-@pytest.mark.parametrize(("name", "least"), [("README.md", 2), ("docs/library.md", 7), ("docs/CURVATURE.md", 1)])
+@pytest.mark.parametrize(("name", "least"), PYTHON)
 def test_blocks_run_as_printed(name, least, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -33,8 +43,59 @@ def test_the_loop_steps_as_the_page_says():
     """The weights move, AdamW's moments are in the state, and gradients are cleared."""
     names: dict = {}
     torch.manual_seed(0)
-    exec(blocks("docs/library.md")[0], names)
+    exec(blocks("docs/OWN_LOOP.md")[0], names)
     opt, model = names["opt"], names["model"]
     assert {int(s["step"]) for s in opt.state_dict()["state"].values()} == {len(names["batches"])}
     assert all(p.grad is None for p in model.parameters())
     assert int(model[1].num_batches_tracked) == len(names["batches"])
+
+
+# ---- the commands of README and docs ---------------------------------------------------------------------------------
+
+SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = sorted(str(p.relative_to(ROOT)) for d in (".", "slurm", "benchmarks", "docs") for p in (ROOT / d).glob("*.md"))
+READERS = ("plan", "estimate", "table", "status", "figures")  # commands that only read the ledger: run as typed
+ELSEWHERE = ("source", "sbatch", "pip", "cd", "git")  # not ours
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands in a page's bash blocks, as words, without comments and redirections."""
+    lines = [line for block in SHELL.findall((ROOT / page).read_text()) for line in block.splitlines()]
+    parts = [part for line in lines for part in line.split(" && ")]
+    found = [shlex.split(part.split(" > ")[0], comments=True) for part in parts]
+    return [words for words in found if words]
+
+
+ALL = [pytest.param(words, id=f"{page}: {' '.join(words)[:60]}") for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize("words", ALL)
+def test_every_command_is_accepted(words, tmp_path, monkeypatch):
+    """What only reads is run. What trains, writes or measures is parsed or composed, down to its last word."""
+    monkeypatch.chdir(ROOT)
+    program, *rest = words
+    if program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif "train.py" in words:
+        typed = [word for word in words[words.index("train.py") + 1 :] if "=" in word]
+        compose_config([word.split(",")[0] if "-m" in words else word for word in typed])
+    elif program == "sam-repro" and rest[0] in READERS:
+        output = ["--output", str(tmp_path)] if rest[0] == "figures" else []
+        assert main([*rest, *output]) == 0
+    elif program == "sam-repro":
+        module, parser = import_module(f"sam_repro.cli.{rest[0]}"), ArgumentParser()
+        module.add_arguments(parser)
+        parser.parse_intermixed_args(rest[1:])
+    else:
+        assert program in ELSEWHERE, f"the test does not know {program}"
+
+
+def test_readme_fits_two_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_as_typed(tmp_path):
+    (words,) = (w for w in commands("README.md") if "debug=tiny" in w)
+    assert words[:2] == ["python", "train.py"]
+    assert " done: val " in train(tmp_path, *words[2:])

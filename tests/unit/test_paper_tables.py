@@ -144,7 +144,7 @@ def ledger(tmp_path: Path) -> Path:
 def test_markdown_of_the_demo(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "demo", "--ledger", str(ledger)]) == 0
     text = capsys.readouterr().out
-    assert "| ViT digits | SAM             | 93.98 ± 1.05 (3) | measured |" in text
+    assert "| ViT digits | SAM             | 93.98 ± 1.05 (3) |" in text
     assert "SAM against Vanilla (AdamW): +1.94 points (paired by seed, n=3, p=0.0067): significant" in text
     assert "GSAM against SAM: +1.85 points (paired by seed, n=3, p=0.081): not significant" in text
     assert "commit 01234567" in text and "CPU test" in text and "seeds 0, 1, 2" in text

@@ -1,7 +1,7 @@
 """Drop-in torch optimizers for other people's loops: SAM, GSAM, ASAM, EigenSAM around any base optimizer.
 
 The training half of this project does not use them: a GradientStep is faster and groups images by m. These are for a
-loop that already exists. docs/library.md has the recipes and the table for those who come from another port.
+loop that already exists. docs/OWN_LOOP.md has the recipes and the table for those who come from another port.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
     header = ["model", "method"]
     for c in table.columns:
         title = f"{c.title}, {c.unit}" if c.unit else c.title
-        header += [title, "paper", "difference", "verdict"] if compared[c.name] else [title, "verdict"]
+        header += [title, "paper", "difference", "verdict"] if compared[c.name] else [title]
     header += [title for _, title in curves] + ["ms a step"] * timed
     lines = []
     for o in found:
@@ -76,7 +76,10 @@ GAP = (
 
 
 def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
-    """A cell as [ours, paper, difference, verdict], or [ours, verdict] where the paper has no such column."""
+    """A cell as [ours, paper, difference, verdict], or [ours] where the paper has no such column.
+
+    There the verdict stands in the cell where the number does not say it: pending, running, diverged.
+    """
     digits = cell.column.digits
     if cell.ours is None:
         ours = "–"
@@ -86,7 +89,9 @@ def words_of(cell: Cell, o: Outcome, *, compared: bool) -> list[str]:
         wanted = f" of {len(o.runs)}" if cell.ours.n < len(o.runs) else ""
         ours = f"{spread_of(cell.ours, digits + 1)} ({cell.ours.n}{wanted})"
     if not compared:
-        return [ours, cell.verdict]
+        if cell.verdict in ("measured", "one seed"):
+            return [ours]
+        return [cell.verdict if cell.ours is None else f"{ours}, {cell.verdict}"]
     printed = f"{cell.printed:.{digits}f}" if isinstance(cell.printed, (int, float)) else cell.printed or "–"
     difference = "–" if cell.difference is None else f"{cell.difference:+.{digits + 1}f}"
     return [ours, printed, difference, cell.verdict]

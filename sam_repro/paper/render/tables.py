@@ -26,6 +26,12 @@ def markdown(table: Table, found: list[Outcome]) -> str:
     return "\n".join(out) + "\n"
 
 
+def brief(table: Table, found: list[Outcome]) -> str:
+    """Markdown of the rows alone, without notes and provenance."""
+    s = sheet_of(table, found)
+    return markdown_table(s.header, s.lines, padded=True) + "\n"
+
+
 def latex(table: Table, found: list[Outcome]) -> str:
     """A booktabs table with notes."""
     s = sheet_of(table, found)
@@ -88,4 +94,4 @@ def comma_separated(table: Table, found: list[Outcome]) -> str:
     return out.getvalue()
 
 
-FORMATS = {"md": markdown, "tex": latex, "html": html, "csv": comma_separated}
+FORMATS = {"md": markdown, "brief": brief, "tex": latex, "html": html, "csv": comma_separated}
