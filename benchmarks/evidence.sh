@@ -36,12 +36,16 @@ touch "$work/begun"
 echo "$((SECONDS - start)) s to prepare"
 # A search before what takes its winners; seed 0 belongs to the searches.
 QUEUE=(
+  "study_noise_search --only resnet18/[vs]*"
+  "study_noise --only resnet18/[vs]*=0.4 --only *-s[1-3]-*"
+  "study_noise_search"
+  "study_noise --only *=0.4 --only *-s[1-3]-*"
+  "study_noise --only *=0.8 --only *-s[1-3]-*"
   "study_tiny_search2"
   "study_tiny --only *-s[1-5]-*"
-  "study_tiny_m_search study_noise_search"
-  "study_noise --only *-s[1-3]-*"
-  "study_tiny_m --only *-s[1-5]-*"
   "study_noise --only *-s[1-5]-*"
+  "study_tiny_m_search"
+  "study_tiny_m --only *-s[1-5]-*"
 )
 if [ $# -gt 0 ]; then QUEUE=("$*"); fi
 set -f

@@ -2,6 +2,7 @@
 
   sam-repro run demo
   sam-repro run demo --only '*/gsam' --seeds 1 recipe.epochs=5
+  sam-repro run study_noise --only '*label_noise=0.4' --only '*-s[1-3]-*'     # both must match
   sam-repro run demo --budget 9m                       # stop and save after nine minutes; the same command goes on
   sam-repro run study_cifar study_m --gpus 2 --per-gpu 3 --budget 9m
   sam-repro run plan.tsv                               # the lines of `sam-repro plan`
@@ -31,7 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="table | plan.tsv | key=value", help=what)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
     parser.add_argument("--limit", type=positive, metavar="N", help="start at most N runs")
-    parser.add_argument("--only", metavar="PATTERN", help="rows whose id, or runs whose run id, match (* is anything)")
+    only = "rows whose id, or runs whose run id, match (* is anything); given again, both must"
+    parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help=only)
     parser.add_argument("--budget", type=duration, metavar="9m", help="stop after this time: 90s, 9m, 2h; exit code 0")
     parser.add_argument("--gpus", type=positive, metavar="N", help="spread the runs over so many GPUs")
     parser.add_argument("--per-gpu", type=positive, metavar="K", help="so many runs at once on each (default: 1)")

@@ -21,7 +21,7 @@ def wanted(
     extra: Sequence[str] = (),
     *,
     seeds: int | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     ledger: Path | None = None,
 ) -> dict[str, Run]:
     """The runs of tables and of plan files (.tsv), by run id, in the order in which to start them.
@@ -29,7 +29,7 @@ def wanted(
     Args:
         extra: overrides laid over every run's own.
         seeds: per row, instead of what the table asks for.
-        only: a pattern of row ids or run ids; all others are left out.
+        only: patterns of row ids or run ids; a run that one of them does not match is left out.
         ledger: folder of ledger rows, for the winners of sweeps.
 
     Raises:
@@ -41,21 +41,21 @@ def wanted(
             runs |= planned(Path(name), extra)
         else:
             runs |= of_table(load_table(name), extra, seeds, only, ledger)
-    if not runs and only is not None:
-        raise UserError(f"--only '{only}' matches no row of {', '.join(names)}")
+    if not runs and only:
+        raise UserError(f"--only {shlex.join(only)} matches no row of {', '.join(names)}")
     return runs
 
 
 def of_table(
-    table: Table, extra: Sequence[str], seeds: int | None, only: str | None, ledger: Path | None
+    table: Table, extra: Sequence[str], seeds: int | None, only: Sequence[str], ledger: Path | None
 ) -> dict[str, Run]:
-    """The runs of one table that the pattern `only` leaves."""
+    """The runs of one table that every pattern of `only` leaves."""
     runs = unique_runs([table], seeds=seeds, extra=extra, ledger=ledger)
-    if only is None:
-        return runs
-    rows = replace(table, rows=tuple(row for row in table.rows if fnmatch.fnmatch(row.id, only)))
-    of_rows = unique_runs([rows], seeds=seeds, extra=extra, ledger=ledger)
-    return {k: r for k, r in runs.items() if k in of_rows or fnmatch.fnmatch(k, only)}
+    for pattern in only:
+        rows = replace(table, rows=tuple(row for row in table.rows if fnmatch.fnmatch(row.id, pattern)))
+        of_rows = unique_runs([rows], seeds=seeds, extra=extra, ledger=ledger)
+        runs = {k: r for k, r in runs.items() if k in of_rows or fnmatch.fnmatch(k, pattern)}
+    return runs
 
 
 @cache
