@@ -184,7 +184,7 @@ class Stages:
         profile = ["debug=profile", f"recipe.steps={steps}", f"model={model}", "optim=gsam"]
         folder = self.work / f"resident_{model}"
         where = [f"log.runs_dir={folder}", f"log.ledger_dir={folder}/ledger"]
-        run = Run(self.work, [*profile, *where, *(TOY if self.args.toy else [])])
+        run = Run(self.work, [*profile, *where, *([*TOY, "data.train_fraction=1"] if self.args.toy else [])])
         run.wait_for(lambda: False, time.perf_counter() + seconds)
         code, _ = run.end(signal.SIGKILL if run.process.poll() is None else None)
         lines = losses(folder)[1:]
