@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from sam_repro.paper.measured_speeds import stored
 from sam_repro.paper.render.numbers import markdown_table, number
 from sam_repro.paper.render.sheet import spread_of
-from sam_repro.paper.render.style import PALETTE, RC, SOFT, save
+from sam_repro.paper.render.style import METHODS, RC, SOFT, save
 from sam_repro.paper.statistics import compare, interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,6 +174,15 @@ def speed_line(model: str, parties: dict[str, Result]) -> list[str]:
     ]
 
 
+def plain_name(model: str) -> str:
+    """'ViT-B/32' of 'vit_b32', 'ResNet-50' of 'resnet50'; what stands in brackets stays, without the maker."""
+    name, *rest = model.split(" (NVIDIA ")
+    name = re.sub(r"^resnet(\d+)$", r"ResNet-\1", name)
+    words = {"vit": "ViT", "mixer": "Mixer"}
+    name = re.sub(r"^(vit|mixer)_([a-z])(\d+)$", lambda m: f"{words[m[1]]}-{m[2].upper()}/{m[3]}", name)
+    return name + "".join(f" ({text}" for text in rest)
+
+
 def draw_speed(results: list[Result], stem: Path) -> list[Path]:
     """Bars: what each party costs over the floor, model by model; the line is the floor."""
     import matplotlib
@@ -181,7 +190,8 @@ def draw_speed(results: list[Result], stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(PARTIES, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00"), strict=True))
+    blue, sam = METHODS["gsam"], METHODS["sam"]  # ours filled, the peers' in outline
+    colours = dict(zip(PARTIES, (blue, METHODS["gsam_constant"], sam, blue), strict=True))
     models = by_model(results)
     bars = [
         [(party, parties[party]["over_floor"]) for party in PARTIES if "over_floor" in parties.get(party, {})]
@@ -194,16 +204,18 @@ def draw_speed(results: list[Result], stem: Path) -> list[Path]:
             ticks.append(y + (len(group) - 1) / 2)
             for party, ratio in group:
                 excess = 100 * (ratio - 1)
-                ax.barh(y, excess, height=0.8, color=colours[party])
-                ax.text(max(excess, 0) + 0.6, y, f"{PARTIES[party]}  {excess:+.1f}", va="center", fontsize=8.5)
+                fill = "none" if party in ("davda54", "juntang") else colours[party]
+                ax.barh(y, excess, height=0.8, facecolor=fill, edgecolor=colours[party], linewidth=1.5)
+                text = f"{PARTIES[party]}  {excess:+.1f} %".replace("-", "−")
+                ax.text(max(excess, 0) + 0.9, y, text, va="center", fontsize=8.5)
                 y += 1
             y += 0.8
         ax.axvline(0, color="#1b1f24", linewidth=1)
-        ax.set_yticks(ticks, list(models))
+        ax.set_yticks(ticks, map(plain_name, models))
         ax.invert_yaxis()
         ax.set_xlim(right=1.3 * ax.get_xlim()[1])
-        ax.set_xlabel("% over the floor of two passes and one update")
-        ax.set_title("What a sharpness-aware step costs over its floor")
+        ax.set_xlabel("% more time than two plain passes and one update (H100 unless named; batch 512)")
+        ax.set_title("What a sharpness-aware step costs")
         paths = save(figure, stem)
         plt.close(figure)
     return paths
@@ -211,8 +223,8 @@ def draw_speed(results: list[Result], stem: Path) -> list[Path]:
 
 # ---- scaling: many GPUs of one host, by scaling.py -------------------------------------------------------------------
 
+NAMES = {"vanilla": "vanilla", "sam": "SAM", "gsam": "GSAM"}
 BUS = 329e9  # bytes/s: bus bandwidth of an all-reduce of 1 GiB on two H100 of one host, measured outside this project
-METHODS = ("vanilla", "sam", "gsam")
 
 
 def load_scaling(folder: Path | None) -> list[Result]:
@@ -291,9 +303,12 @@ def draw_scaling(results: list[Result], stem: Path) -> list[Path]:
     for i, result in enumerate(results):
         card = result["hardware"].removeprefix("NVIDIA ").split()[0]
         for e in with_predictions(result["entries"]):
-            panels.setdefault((i, f"{e['model']}, {card}, {e['reduce']}"), []).append(e)
+            panels.setdefault((i, f"{plain_name(e['model'])}, {card}, {e['reduce']}"), []).append(e)
     parties = {(e["method"], e["m"]) for entries in panels.values() for e in entries}
-    colours = list(zip(PALETTE, sorted(parties, key=lambda p: (METHODS.index(p[0]), -p[1])), strict=False))
+    largest = {method: max(m for other, m in parties if other == method) for method, _ in parties}
+    ordered = sorted(parties, key=lambda p: (list(METHODS).index(p[0]), -p[1]))
+    # GSAM with smaller groups in the lighter of its two blues, as in the chart of speeds
+    colours = [(METHODS["gsam_constant" if m < largest[method] else method], (method, m)) for method, m in ordered]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(RC):
@@ -313,9 +328,9 @@ def draw_scaling(results: list[Result], stem: Path) -> list[Path]:
             ax.set_title(title)
             ax.set_xlabel("GPUs")
         for ax in axes[:, 0]:
-            ax.set_ylabel("% of N times one GPU")
+            ax.set_ylabel("speed, % of N × one GPU's")
         for colour, (method, m) in colours:
-            axes.flat[-1].plot([], [], "o-", color=colour, markersize=4, label=f"{method}, m = {m}")
+            axes.flat[-1].plot([], [], "o-", color=colour, markersize=4, label=NAMES[method] + f", m = {m}")
         axes.flat[-1].plot([], [], "--", color=SOFT, linewidth=1, label="predicted")
         axes.flat[-1].legend(fontsize=7.5)
         paths = save(figure, stem)

@@ -31,7 +31,7 @@ rows:     list of
     after:     <table>:<row id> whose trained weights the run starts from, seed by seed (init=<its run directory>)
 claims:   of a study, list of {text, column, better, than, lower}: the row `better` has the higher value, or with
           `lower: true` the lower one; or falls_with: <key of a grid>, or follows: <column>
-figure:   {kind: curves | sweep | dots | toy, panels: [columns or metrics], x_title, log_x}
+figure:   {kind: curves | sweep | dots | toy, panels: [columns or metrics], x_title, log_x, by_model}
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from sam_repro.config.run_id import run_id as run_name
 from sam_repro.optim import METRICS
 from sam_repro.paper.ledger_join import JoinedTable, join_table, runs_of
 from sam_repro.paper.outcomes import value_of, winners
-from sam_repro.paper.render.figures import colours_of_series, draw
+from sam_repro.paper.render.figures import draw, method_key
 from sam_repro.paper.render.report import assemble
-from sam_repro.paper.render.style import METHODS, spread
+from sam_repro.paper.render.style import METHODS, colours_of, spread
 from sam_repro.paper.render.tables import render
 from sam_repro.paper.spec import Column, load_table, parse_table
 from sam_repro.paper.statistics import compare, interval, magnitudes, verdict, wilson
@@ -190,7 +190,7 @@ def test_a_size_without_sign_says_so_and_has_a_range(tmp_path: Path) -> None:
 def test_tex_escapes_and_html_is_whole(ledger: Path, tmp_path: Path) -> None:
     for kind in ("tex", "html"):
         main(["table", "demo", "--ledger", str(ledger), "--format", kind, "--output", str(tmp_path / f"t.{kind}")])
-    assert r"digits, \%" in (tmp_path / "t.tex").read_text()
+    assert r"accuracy, \%" in (tmp_path / "t.tex").read_text()
     assert (tmp_path / "t.html").read_text().endswith("</html>\n")
 
 
@@ -234,12 +234,12 @@ def test_a_row_without_abscissa_is_a_level_and_methods_keep_their_colours(tmp_pa
     for row in table.rows:
         write_rows(tmp_path, runs_of(table, row), [250 + 10 * row.id.startswith("vit_b32/gsam")])
     found = join_table(table, tmp_path)
-    colours = colours_of_series(found)
+    colours = colours_of({o.row.series: method_key(o) for o in found})
     assert colours["SAM by ρ"] == METHODS["sam"] and colours["GSAM by ρ"] == METHODS["gsam"]
     assert len(set(colours.values())) == 5
     (ax,) = draw(table, found).axes
-    levels = [line for line in ax.lines if line.get_linestyle() == "--"]
-    assert [line.get_color() for line in levels] == [colours["Vanilla"], colours["SAM"]]
+    levels = [line for line in ax.lines if list(line.get_xdata()) == [0, 1]]
+    assert {line.get_color() for line in levels} == {colours["Vanilla"], colours["SAM"]}
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap() -> None:
@@ -296,3 +296,27 @@ def test_the_end_of_a_curve_survives_thinning(n: int, tmp_path: Path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     steps = curves(tmp_path / "log.jsonl")["train"]["step"]
     assert steps[-1] == n and len(steps) <= 200
+
+
+LEDGER = Path(__file__).resolve().parents[2] / "results" / "runs"
+
+
+@pytest.mark.parametrize(
+    "name", ["study_methods", "study_table1", "study_search", "study_tiny_search", "study_transfer"]
+)
+def test_no_colour_appears_twice_in_a_figure(name: str) -> None:
+    found = join_table(load_table(name), LEDGER)
+    colours = colours_of({o.row.series or o.row.method_id: method_key(o) for o in found})
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_a_footnote_is_true_of_every_panel() -> None:
+    texts = {name: footnote(name) for name in ("demo", "study_cifar", "study_search")}
+    assert "mean and 95 % interval, on logarithmic axes geometric mean and range" in texts["demo"]
+    assert "95 % interval" in texts["study_cifar"] and "geometric" not in texts["study_cifar"]
+    assert texts["study_search"].startswith("one seed")
+
+
+def footnote(name: str) -> str:
+    figure = draw(load_table(name), join_table(load_table(name), LEDGER))
+    return next(text.get_text() for text in figure.texts if "commit" in text.get_text())

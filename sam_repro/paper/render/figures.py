@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 
 from sam_repro.errors import UserError
 from sam_repro.paper.outcomes import Cell, Outcome, curve, provenance_of
-from sam_repro.paper.render.style import LINE, PALETTE, RC, SOFT, colours_of, label_lines, logarithmic
+from sam_repro.paper.render.style import (
+    DASHES,
+    LINE,
+    RC,
+    SOFT,
+    colours_of,
+    label_lines,
+    logarithmic,
+    mathematics,
+)
+from sam_repro.paper.render.style import (
+    METHODS as COLOURED,
+)
 from sam_repro.paper.spec import UNREADABLE, Column, Table
 from sam_repro.paper.statistics import Interval, interval
 from sam_repro.paper.toys.surface import draw_toy, trajectories
@@ -66,15 +78,27 @@ def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, l
     left = axes[0][0].get_position().x0
     size = min(13, 130 * (0.95 - left) * inches / len(table.title))  # a long title in smaller letters, not a wider page
     figure.text(left, 0.99, table.title, fontsize=size, fontweight="bold", va="top")
-    p, said = provenance_of(found), "no run yet"
-    if p is not None:
-        seeds = f"mean and 95 % interval over seeds {', '.join(map(str, p.seeds))}" if len(p.seeds) > 1 else "one seed"
-        said = " · ".join([seeds, *p.hardware, f"commit {', '.join(p.commits)}"])
-    if any(map(has_number, found)):
-        said += " · ◇ the paper's value"
-    figure.text(left, 0.01, said, fontsize=8, color=SOFT, va="bottom")
+    p = provenance_of(found)
+    said = [bars_words(table, len(p.seeds)) if p else "no run yet"] + ["◇ the paper's value"] * any(
+        map(has_number, found)
+    )
+    where = [*p.hardware, f"commit {', '.join(p.commits)}"] if p else []
+    said = "\n".join([" · ".join(said), " · ".join(where)])
+    figure.text(left, 0.04, said, fontsize=8, color=SOFT, va="top", linespacing=1.5)
     plt.close(figure)
     return figure, list(axes[0])
+
+
+def bars_words(table: Table, seeds: int) -> str:
+    """What dots and bars are, true of every panel of the figure."""
+    if seeds < 2:
+        return "one seed"
+    if table.figure.get("kind") == "curves":
+        return f"line and band: mean and 95 % interval over {seeds} seeds"
+    magnitudes = [c.magnitude for c in columns_of(table)]
+    said = ["mean and 95 % interval"] * (not all(magnitudes))
+    said += [("on logarithmic axes " if said else "") + "geometric mean and range"] * any(magnitudes)
+    return f"dots and bars, over {seeds} seeds: {', '.join(said)}"
 
 
 # ---- curves over training steps ------------------------------------------------------------------------------------
@@ -85,7 +109,7 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
     panels = table.figure.get("panels", [table.columns[0].name, *list(METRICS)[:2]])
     figure, axes = panels_figure(table, found, len(panels))
     titles = {c.name: c.title for c in table.columns}
-    colours = colours_of([name_of(o) for o in found])
+    colours = colours_of({name_of(o): method_key(o) for o in found})
     for ax, panel in zip(axes, panels, strict=True):
         if panel not in titles and panel not in METRICS:
             raise UserError(f"table {table.name}: '{panel}' is neither a column nor one of {', '.join(METRICS)}")
@@ -137,6 +161,13 @@ def band(lines: list[dict[int, float]]) -> list[tuple[float, float, float, float
     return points
 
 
+def method_key(o: Outcome) -> str:
+    """The method that a row's colour is of: as its id says, or its series, or its runs' optimizer."""
+    series = o.row.series.split(",")[0].lower().replace("-", "_")
+    names = [o.row.method_id, series, *(run.config.optim.name for run in o.runs[:1])]
+    return next((name for name in names if name in COLOURED), o.row.method_id)
+
+
 def name_of(o: Outcome) -> str:
     """What a row's colour goes by: its series in a figure that has several of a method, else its method."""
     return o.row.series or o.row.method_id
@@ -146,54 +177,70 @@ def name_of(o: Outcome) -> str:
 
 
 def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
-    """One panel a column, one line a series, its points at the rows' x."""
-    panels = columns_of(table)
+    """One panel per column, and per model where the table asks for `by_model`; one line per series."""
+    models = list(dict.fromkeys(o.row.model for o in found)) if table.figure.get("by_model") else [""]
+    panels = [(column, model) for column in columns_of(table) for model in models]
     figure, axes = panels_figure(table, found, len(panels))
-    colours = colours_of_series(found)
-    for ax, column in zip(axes, panels, strict=True):
-        ax.set_title(title_of(column, found))
-        if column.magnitude:
-            logarithmic(ax, "y")
-        ax.set_xlabel(table.figure.get("x_title", ""))
-        if table.figure.get("log_x"):
-            ax.set_xscale("log")
-            at = sorted({o.row.x for o in found if o.row.x is not None})
-            ax.set_xticks(at, [f"{x:g}" for x in at], minor=False)
-            ax.set_xticks([], minor=True)
-        ends = []
-        for name in colours:
-            points = [(o.row.x, cell_of(o, column)) for o in found if o.row.series == name and o.row.x is not None]
-            points.sort(key=lambda point: point[0])
-            ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
-            if ours:
-                xs, means = [x for x, _ in ours], [at.mean for _, at in ours]
-                ax.errorbar(
-                    xs, means, bars([at for _, at in ours]), color=colours[name], marker="o", markersize=5, elinewidth=1
-                )
-                ends.append((xs[-1], means[-1], name, colours[name]))
-            for x, cell in points:
-                if isinstance(cell.printed, (int, float)):
-                    ax.plot(x, cell.printed, **PRINTED)
-        for o in found:  # without an abscissa: a level to compare with
-            level = cell_of(o, column).ours
-            if o.row.x is None and level is not None:
-                ax.axhline(level.mean, color=colours[o.row.series], linestyle="--", linewidth=1.2)
-                right = max((r.row.x for r in found if r.row.x is not None), default=1)
-                ends.append((right, level.mean, o.row.series, colours[o.row.series]))
-        empty_or_labels(ax, ends, found)
+    keys = {o.row.series: method_key(o) for o in found}
+    colours = colours_of(keys)
+    dashes = {name: DASHES[sorted(n for n in keys if keys[n] == keys[name]).index(name) % 4] for name in keys}
+    crowded = len(panels) > 1 and max(map(len, keys)) > 12
+    for ax, (column, model) in zip(axes, panels, strict=True):
+        shown = [o for o in found if model in ("", o.row.model)]
+        ax.set_title(f"{model}: {title_of(column)}" if model else title_of(column))
+        sweep_axes(ax, table, column, shown)
+        ends, right = [], max((o.row.x for o in shown if o.row.x is not None), default=1.0)
+        for name, colour in colours.items():
+            line = [o for o in shown if o.row.series == name]
+            end = draw_series(ax, column, line, right, colour=colour, dash=dashes[name])
+            if end is not None:
+                ends.append((*end, name, colour))
+        if not ends or not crowded:
+            empty_or_labels(ax, ends, shown)
+    if crowded:
+        figure.subplots_adjust(top=0.66, wspace=0.2)
+        label_methods(figure, axes[0], list(colours.items()))
     return figure
 
 
-def colours_of_series(found: list[Outcome]) -> dict[str, str]:
-    """{series: colour}: the method's own where methods differ and it is not taken, else the next of the palette."""
-    own = colours_of([o.row.method_id for o in found])
-    colours: dict[str, str] = {}
-    for o in found:
-        if o.row.series not in colours:
-            first = own[o.row.method_id] if len(own) > 1 else PALETTE[0]
-            free = [c for c in (first, *PALETTE) if c not in colours.values()]
-            colours[o.row.series] = free[0] if free else PALETTE[len(colours) % len(PALETTE)]
-    return colours
+def sweep_axes(ax: Axes, table: Table, column: Column, found: list[Outcome]) -> None:
+    """Scales, ticks and names of a sweep's axes."""
+    if column.magnitude:
+        logarithmic(ax, "y")
+    ax.set_xlabel(mathematics(table.figure.get("x_title", "")))
+    if table.figure.get("log_x"):
+        ax.set_xscale("log")
+        at = sorted({o.row.x for o in found if o.row.x is not None})
+        apart = [x for i, x in enumerate(at) if not i or x > 1.45 * at[i - 1]]  # labels closer than this overlap
+        ax.set_xticks(apart, [f"{x:g}" for x in apart], minor=False)
+        ax.set_xticks([], minor=True)
+
+
+def draw_series(
+    ax: Axes, column: Column, line: list[Outcome], right: float, *, colour: str, dash: str
+) -> tuple[float, float] | None:
+    """One line with its bars and the paper's values, or a level where rows have no x; returns the end to label.
+
+    Args:
+        right: the abscissa at which a level is labelled.
+    """
+    end = None
+    points = sorted(((o.row.x, cell_of(o, column)) for o in line if o.row.x is not None), key=lambda p: p[0])
+    ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
+    if ours:
+        xs, means = [x for x, _ in ours], [at.mean for _, at in ours]
+        style = {"color": colour, "marker": "o", "markersize": 5, "elinewidth": 1, "linestyle": dash}
+        ax.errorbar(xs, means, bars([at for _, at in ours]), **style)
+        end = xs[-1], means[-1]
+    for x, cell in points:
+        if isinstance(cell.printed, (int, float)):
+            ax.plot(x, cell.printed, **PRINTED)
+    for o in line:  # without an abscissa: a level to compare with
+        level = cell_of(o, column).ours
+        if o.row.x is None and level is not None:
+            ax.axhline(level.mean, color=colour, linestyle="--", linewidth=1.2)
+            end = right, level.mean
+    return end
 
 
 # ---- dots: methods beside each other -------------------------------------------------------------------------------
@@ -204,8 +251,9 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     panels = columns_of(table)
     figure, axes = panels_figure(table, found, len(panels))
     one_model = len({o.row.model for o in found}) == 1
-    lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in found))
-    colours = colours_of([o.row.method_id for o in found])
+    known = [o for o in found if o.ledger or has_number(o)] or found  # no empty lines
+    lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in known))
+    colours = colours_of({o.row.method_id: method_key(o) for o in known})
     methods = [] if one_model else list(colours)
     beside = {
         m: 0.7 * ((i + 0.5) / len(methods) - 0.5) for i, m in enumerate(methods)
@@ -215,15 +263,15 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     figure.set_figheight(height)
     figure.subplots_adjust(wspace=0.12, top=1 - above / height, bottom=below / height)
     for ax, column in zip(axes, panels, strict=True):
-        ax.set_title(title_of(column, found))
+        ax.set_title(title_of(column))
         if column.magnitude:
             logarithmic(ax, "x")
         ax.grid(axis="y", visible=False)
         ax.hlines(range(len(lines)), 0, 1, transform=ax.get_yaxis_transform(), color=LINE, linewidth=0.6, zorder=0)
         ax.set_ylim(len(lines) - 0.4, -0.6)
-        ax.set_yticks(range(len(lines)), lines if ax is axes[0] else [""] * len(lines))
+        ax.set_yticks(range(len(lines)), map(mathematics, lines) if ax is axes[0] else [""] * len(lines))
         drawn = False
-        for o in found:
+        for o in known:
             y, cell = lines.index(o.row.method if one_model else o.row.model), cell_of(o, column)
             y, colour = y + beside.get(o.row.method_id, 0), colours[o.row.method_id]
             if isinstance(cell.printed, (int, float)):
@@ -236,7 +284,7 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
             ax.set_xticks([])
             ax.text(0.5, 0.5, "no value yet", transform=ax.transAxes, ha="center", va="center", color=SOFT)
     if not one_model:
-        key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(found)}
+        key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(known)}
         label_methods(figure, axes[0], [(key[m], colours[m]) for m in colours if m in key])
     return figure
 
@@ -248,20 +296,23 @@ def bars(found: list[Interval]) -> tuple[list[float], list[float]]:
     return below, [max(0.0, high - at.mean) for at, (_, high) in zip(found, ends, strict=True)]
 
 
-def title_of(column: Column, found: list[Outcome]) -> str:
-    """A panel's title; of magnitudes it says what the bars are."""
-    said = f"{column.title}, {column.unit}" if column.unit else column.title
-    barred = column.magnitude and any(len(o.by_seed(column)) > 1 for o in found)
-    return f"{said} (range over seeds)" if barred else said
+def title_of(column: Column) -> str:
+    """A panel's title."""
+    return mathematics(f"{column.title}, {column.unit}" if column.unit else column.title)
 
 
 def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, str]]) -> None:
-    """The methods' names in their colours, in one line under the title."""
-    x, y = ax.get_position().x0, 1 - 0.36 / figure.get_figheight()
+    """Names in their colours under the title, in as many lines as they need."""
+    left, y = ax.get_position().x0, 1 - 0.36 / figure.get_figheight()
     inches = figure.get_figwidth()
+    x = left
     for title, colour in key:
-        figure.text(x, y, title, color=colour, fontweight="bold", va="top")
-        x += (0.1 * len(title) + 0.2) / inches
+        text = figure.text(x, y, mathematics(title), color=colour, fontweight="bold", va="top")
+        width = text.get_window_extent().width / figure.dpi / inches
+        if x + width > 0.98 and x > left:
+            x, y = left, y - 0.19 / figure.get_figheight()
+            text.set_position((x, y))
+        x += width + 0.2 / inches
 
 
 PRINTED = {"marker": "D", "markersize": 6, "markerfacecolor": "none", "markeredgecolor": SOFT, "linestyle": "none"}

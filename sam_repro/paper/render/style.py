@@ -15,9 +15,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, SOFT, LINE = "#1b1f24", "#5b6570", "#d9dee3"
-# A method keeps its colour in every figure; the others take the rest of the palette in turn.
-METHODS = {"vanilla": "#5b6570", "sam": "#E69F00", "gsam": "#0072B2", "eigen_sam": "#009E73", "asam": "#CC79A7"}
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#5b6570")
+# A method keeps its colour in every figure, relatives are shades of one hue; what is not here takes PALETTE in turn.
+METHODS = {
+    "vanilla": "#5b6570",
+    "vanilla2x": "#a3adb7",
+    "vanilla600": "#a3adb7",
+    "sam": "#E69F00",
+    "gsam": "#0072B2",
+    "gsam_constant": "#56B4E9",
+    "eigen_sam": "#009E73",
+    "eigen_ascent": "#00573f",
+    "asam": "#CC79A7",
+    "asam_ascent": "#8a3a68",
+    "min_f_h": "#D55E00",
+    "weighted": "#8c5a2b",
+    "entropy_sgd": "#6a51a3",
+    "random": "#b8a000",
+}
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#6a51a3", "#8c5a2b", "#5b6570")
+DASHES = ("-", "--", ":", "-.")  # of the lines that are shades of one colour
+# Symbols as they stand in tables: as mathematics.
+MATHEMATICS = {
+    "|λ_max|": r"$|\lambda_{\max}|$",
+    "λ_max": r"$\lambda_{\max}$",
+    "2h/ρ²": r"$2h/\rho^2$",
+    "f_p": r"$f_p$",
+}
 RC = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -48,12 +71,37 @@ RC = {
 }
 
 
-def colours_of(methods: list[str]) -> dict[str, str]:
-    """A colour a method: its own, or the next of the palette that none of these has."""
+def colours_of(keys: dict[str, str]) -> dict[str, str]:
+    """{name: colour} for {name: method}: the method's colour, its shades where several names are of it.
+
+    A method without a colour takes the next of the palette that no other has here, so no colour appears twice.
+    """
+    methods = list(dict.fromkeys(keys.values()))
     own = {m: METHODS[m] for m in methods if m in METHODS}
     free = [c for c in PALETTE if c not in own.values()] or list(PALETTE)
-    others = [m for m in dict.fromkeys(methods) if m not in own]
-    return own | {m: free[i % len(free)] for i, m in enumerate(others)}
+    others = [m for m in methods if m not in own]
+    own |= {m: free[i % len(free)] for i, m in enumerate(others)}
+    colours = {}
+    for m in methods:
+        names = [name for name, key in keys.items() if key == m]
+        colours |= dict(zip(names, shades(own[m], len(names)), strict=True))
+    return colours
+
+
+def shades(colour: str, n: int) -> list[str]:
+    """The colour itself; of two also a darker one; of more a ramp from light to dark."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    steps = [0.0, -0.5][:n] if n <= 2 else list(np.linspace(0.5, -0.6, n))
+    mix = lambda c, t: c + (1 - c) * t if t > 0 else c * (1 + t)  # noqa: E731
+    return [colour if t == 0 else to_hex([mix(c, t) for c in to_rgb(colour)]) for t in steps]
+
+
+def mathematics(text: str) -> str:
+    """Text with its symbols set by matplotlib as mathematics."""
+    for plain, symbol in MATHEMATICS.items():
+        text = text.replace(plain, symbol)
+    return text
 
 
 def spread(positions: list[float], gap: float) -> list[float]:
@@ -107,11 +155,10 @@ def label_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     low, high = place(ax.get_ylim())
     ys = spread(list(place([y for _, y, _, _ in ends])), 0.075 * (high - low))
     ys = list(np.exp(ys)) if ax.get_yscale() == "log" else ys
-    left, right = ax.get_xlim()
     x = max(x for x, _, _, _ in ends)
-    offset = 0.06 * x if ax.get_xscale() == "log" else 0.025 * (right - left)
+    style = {"fontweight": "bold", "fontsize": 9.5, "va": "center", "annotation_clip": False}
     for (_, _, text, colour), y in zip(ends, ys, strict=True):
-        ax.text(x + offset, y, text, color=colour, fontweight="bold", fontsize=9.5, va="center", clip_on=False)
+        ax.annotate(mathematics(text), (x, y), (8, 0), textcoords="offset points", color=colour, **style)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

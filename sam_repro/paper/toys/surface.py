@@ -95,7 +95,7 @@ def draw_toy(ax: Axes, paths: dict[str, Path]) -> None:
     """The surface, its minima and the trajectories."""
     x, y = np.meshgrid(np.linspace(-1, 4, 200), np.linspace(-1.3, 1.1, 120))
     ax.contour(x, y, surface(np.stack([x, y], -1)), levels=24, linewidths=0.6, cmap="Greys")
-    for (name, path), colour in zip(paths.items(), colours_of(list(paths)).values(), strict=True):
+    for (name, path), colour in zip(paths.items(), colours_of({name: name for name in paths}).values(), strict=True):
         label = f"{METHODS[name]}: {path.end}, top eigenvalue {path.top:.2f}"
         ax.plot(*path.points.T, color=colour, label=label)
         ax.plot(*path.points[-1], color=colour, marker="o", markersize=5)
