@@ -7,14 +7,17 @@ classes have 1,300, the other 105 between 732 and 1,299.
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from timm.data import ImageNetInfo
 
 from sam_repro.data.beton import BetonWriter
 from sam_repro.data.images.decode import decode
@@ -46,6 +49,8 @@ def class_counts(total: int = TRAIN) -> np.ndarray:
 
 def synsets() -> list[str]:
     """The 1,000 classes of ILSVRC2012, sorted."""
+    from timm.data import ImageNetInfo  # half a gigabyte, which children would inherit in their peak
+
     return ImageNetInfo().label_names()
 
 
@@ -97,7 +102,7 @@ def make_beton(
     """
     labels = np.repeat(np.arange(len(counts)), counts)
     places = np.concatenate([np.arange(n) for n in counts])
-    which = (labels + len(counts) * places) % len(photos)
+    which = photo_of(labels, places, len(photos))
     began, stored_bytes = time.perf_counter(), 0
     room = shutil.disk_usage(path.parent).free - reserve
     order = np.random.default_rng(1).permutation(len(labels))  # so that those stored are of every class
@@ -133,3 +138,76 @@ def share_stored(writer: BetonWriter, stored: np.ndarray, wanted: np.ndarray, la
     metadata["label"], allocations["sample"] = labels, np.arange(len(labels))
     writer.metadata[:], writer.allocations[:] = metadata, allocations
     writer.count = len(labels)
+
+
+# ---- the layouts in which people have ImageNet ----------------------------------------------------------------------
+
+
+def make_folders(root: Path, photos: list[tuple[bytes, int, int]], counts: np.ndarray, val: int) -> None:
+    """root/train/<synset>/*.JPEG and root/val/<synset>/*.JPEG: hard links to one file per photograph."""
+    pool = store_photos(root, photos)
+    for split, per_class in (("train", counts), ("val", np.full(1000, val // 1000))):
+        for label, (synset, count) in enumerate(zip(synsets(), per_class, strict=True)):
+            folder = root / split / synset
+            folder.mkdir(parents=True)
+            for i in range(count):
+                os.link(pool[photo_of(label, i, len(pool))], f"{folder}/{synset}_{i}.JPEG")
+
+
+def make_tars(root: Path, photos: list[tuple[bytes, int, int]], counts: np.ndarray, val: int) -> None:
+    """root/ILSVRC2012_img_train.tar, a tar of 1,000 tars; ILSVRC2012_img_val.tar with its list of synsets."""
+    root.mkdir(parents=True)
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for label, (synset, count) in enumerate(zip(synsets(), counts, strict=True)):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for i in range(count):
+                    add_member(archive, f"{synset}_{i}.JPEG", photos[photo_of(label, i, len(photos))][0])
+            add_member(outer, f"{synset}.tar", inner.getvalue())
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as archive:
+        for name, label, i in validation_names(val):
+            add_member(archive, name, photos[photo_of(label, i, len(photos))][0])
+    write_validation_labels(root, val)
+
+
+def make_flat(root: Path, photos: list[tuple[bytes, int, int]], val: int) -> None:
+    """root/val/ILSVRC2012_val_*.JPEG, flat, with the list of synsets."""
+    pool = store_photos(root, photos)
+    (root / "val").mkdir()
+    for name, label, i in validation_names(val):
+        os.link(pool[photo_of(label, i, len(pool))], f"{root}/val/{name}")
+    write_validation_labels(root, val)
+
+
+def store_photos(root: Path, photos: list[tuple[bytes, int, int]]) -> list[str]:
+    """The photographs as files in root/photographs, to which the others are links; their paths."""
+    folder = root / "photographs"
+    folder.mkdir(parents=True)
+    for i, (data, _, _) in enumerate(photos):
+        (folder / f"{i}.JPEG").write_bytes(data)
+    return [f"{folder}/{i}.JPEG" for i in range(len(photos))]
+
+
+def photo_of(label: Any, place: Any, photos: int) -> Any:
+    """Which photograph the `place`-th image of a class is: every 1,000th from the label on."""
+    return (label + 1000 * place) % photos
+
+
+def validation_names(val: int) -> Iterator[tuple[str, int, int]]:
+    """(file name, label, place within the class) of each validation image: the classes in turn."""
+    for i in range(val):
+        yield f"ILSVRC2012_val_{i + 1:08d}.JPEG", i % 1000, i // 1000
+
+
+def write_validation_labels(root: Path, val: int) -> None:
+    """The list that names the synset of each validation image."""
+    names = synsets()
+    lines = "".join(f"{names[label]}\n" for _, label, _ in validation_names(val))
+    (root / "imagenet_2012_validation_synset_labels.txt").write_text(lines)
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file with this content."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
