@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# Make a virtual environment with the project in it: `./install.sh [folder]`, by default .venv.
+# Make a virtual environment with the project in it: `./install.sh [--locked] [folder]`, by default .venv. With --locked the
+# packages have the versions of constraints.txt; without it, the newest that pyproject.toml allows.
 # FFCV compiles against OpenCV and libjpeg-turbo, our own decoder of crops (sam_repro/data/images/jpeg.c) against the latter. Where
 # apt may be used (root, or sudo without a password) they are installed; where not, one line says what to run, and the
 # project works with its torch loader and Pillow's decoder.
 set -euo pipefail
 cd "$(dirname "$0")"
+locked=
+if [ "${1:-}" = --locked ]; then
+  locked='-c constraints.txt'
+  shift
+fi
 venv=${1:-.venv}
+case $venv in -*) echo "error: there is no option $venv; ./install.sh [--locked] [folder]" >&2; exit 2 ;; esac
 
 python=${PYTHON:-}
 for candidate in python3.12 python3.11 python3; do
@@ -37,7 +44,7 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "Installing Python packages into $venv (PyTorch is large: a few minutes)"
 "$venv/bin/python" -m pip install -q --upgrade pip
-"$venv/bin/python" -m pip install -q -e '.[test,dev]'
+"$venv/bin/python" -m pip install -q $locked -e '.[test,dev]'
 
 # --no-deps: FFCV asks for the OpenCV build with a GUI, which needs libGL; the headless one is installed already.
 if libraries && "$venv/bin/python" -m pip install -q setuptools && "$venv/bin/python" -m pip install -q --no-deps ffcv==1.0.2; then

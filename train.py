@@ -1,6 +1,8 @@
 """`python train.py model=vit_b32 optim=gsam data.root=/data/imagenet`; `--help` lists the choices."""
 
-from sam_repro.cli.train import cli
+import sys
+
+from sam_repro.cli.main import main
 
 if __name__ == "__main__":
-    cli()
+    sys.exit(main(["train", *sys.argv[1:]]))

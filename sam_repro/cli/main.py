@@ -1,4 +1,4 @@
-"""`sam-repro`: the commands around training. Each is a module with add_arguments(parser) and run(args).
+"""`sam-repro`: training, and the commands around it: each is a module with add_arguments(parser) and run(args).
 
 A module is imported when its command is called, and torch when one needs it: planning, tables and --help never wait.
 """
@@ -17,6 +17,7 @@ from sam_repro.records.failure import is_about_files
 
 # module of this package: what it does, in one line
 COMMANDS = {
+    "train": "train one model with one method: `python train.py` without a checkout",
     "write": "turn image folders into .beton files with a manifest",
     "evaluate": "count the right answers of any weights on any test set",
     "run": "run the rows of a table that the ledger lacks, one after the other",
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command '{name}'{nearest(name, list(COMMANDS))}; see sam-repro --help")
+        if name == "train":
+            return train(rest)
         module = import_module(f"sam_repro.cli.{name}")
         parser = ArgumentParser(
             f"sam-repro {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
@@ -81,9 +84,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def train(words: list[str]) -> int:
+    """What `python train.py <words>` does; leaves with its exit code. Hydra reads the words from sys.argv."""
+    from sam_repro.cli.train import cli
+
+    sys.argv = ["sam-repro train", *words]
+    cli()
+    return 0
+
+
 def overview() -> str:
     """What `sam-repro --help` prints."""
     lines = ["usage: sam-repro <command> [options]     (sam-repro <command> --help says more)", ""]
     lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
-    lines += ["", "Training itself is `python train.py`; `python train.py --help` lists models, methods and data."]
+    lines += ["", "In a checkout, `python train.py` is `sam-repro train`; its --help lists models, methods and data."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command line of `python train.py`: Hydra around `training.main`, one sentence for whatever is wrong."""
+"""The command line of `sam-repro train`, which `python train.py` calls: Hydra around `training.main`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from sam_repro.training.signals import Interrupted, StopSignal, ignore_signals
 if TYPE_CHECKING:  # Hydra takes half a second: `--help` does without
     from omegaconf import DictConfig
 
-HELP = """Train one model with one method, evaluate it, and write one ledger row.
+HELP = """usage: sam-repro train [folder=name] [key=value]     (in a checkout also: python train.py)
+
+Train one model with one method, evaluate it, and write one ledger row.
 
   python train.py model=vit_b32 optim=gsam data.root=/data/imagenet
   python train.py model=vit_b32 optim=gsam debug=tiny        # in seconds, on any machine

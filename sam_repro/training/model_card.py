@@ -43,7 +43,7 @@ def model_card(row: Row) -> str:
         f"The model takes RGB images of {data['image_size']} px, normalised with mean {data['mean']} and std "
         f"{data['std']}. To train it again:",
         "",
-        f"    python train.py {shlex.join(row['overrides'])}",
+        f"    sam-repro train {shlex.join(row['overrides'])}",
         "",
         "Known departures from the papers: docs/DEVIATIONS.md of sam-repro.",
     ]

@@ -34,3 +34,12 @@ def test_the_command_knows_what_there_is_to_draw():
 
     assert set(sharpness_command.OF_WEIGHTS) == set(REPORTS)
     assert set(DRAW) == {*sharpness_command.OF_WEIGHTS, *sharpness_command.OF_LOGS, *sharpness_command.OF_NOTHING}
+
+
+def test_windows_is_told_to_use_wsl():
+    program = (
+        "import sys, psutil; sys.platform = 'win32'; from sam_repro.cli import main; sys.exit(main.main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: training needs Linux; on Windows run it in WSL 2\n"
