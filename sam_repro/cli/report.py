@@ -1,4 +1,4 @@
-"""One self-contained page of everything: what is reproduced, every table, every run's curves, costs, deviations.
+"""One self-contained page of everything: claims, figures, tables, every run's curves, costs, deviations.
 
   sam-repro report                                     # results/index.html, from the rows in results/runs
   sam-repro report demo --output runs/demo/index.html
@@ -21,12 +21,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "tables", nargs="*", metavar="table", help="names in results/paper/ (default: all but the demo)"
     )
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the tables' own)")
+    parser.add_argument(
+        "--figures", type=Path, default=Path("results/figures"), metavar="DIR", help="folder of SVG files to show"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/index.html"), metavar="FILE")
 
 
 def run(args: Namespace) -> None:
     """Write the page."""
-    text = report(args.tables, args.ledger)
+    text = report(args.tables, args.ledger, args.figures)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text)

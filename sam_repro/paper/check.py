@@ -13,7 +13,7 @@ from sam_repro.paper.deviations import OF_COLUMNS, deviations_of
 from sam_repro.paper.ledger_join import join_table, join_tables, runs_of
 from sam_repro.paper.outcomes import computed, is_as_printed
 from sam_repro.paper.render.overview import costs, overview
-from sam_repro.paper.render.report import assemble
+from sam_repro.paper.render.report import assemble, figures_in
 from sam_repro.paper.render.tables import FORMATS, render
 from sam_repro.paper.spec import load_table, table_names
 from sam_repro.records.ledger import read_row
@@ -68,9 +68,9 @@ def generated(root: Path) -> Iterator[tuple[Path, str]]:
     ledger_dir = root / "results" / "runs"
     rows = ledger_dir if ledger_dir.is_dir() else None
     parts, demo = join_tables([], rows), join_tables(["demo"], rows)
-    yield root / "results" / "index.html", assemble(parts)
-    drawn = {path.stem for path in (root / "results" / "figures").glob("*.svg")}
-    yield root / "results" / "README.md", overview(parts, costs([*demo, *parts]), drawn)
+    figures = figures_in(root / "results" / "figures")
+    yield root / "results" / "index.html", assemble(parts, figures)
+    yield root / "results" / "README.md", overview(parts, costs([*demo, *parts]), set(figures))
     for path in sorted([root / "README.md", *(root / "docs").rglob("*.md"), *(root / "benchmarks").glob("*.md")]):
         text = path.read_text() if path.is_file() else ""
         if BLOCK.search(text):

@@ -24,10 +24,17 @@ EXACT = 7  # points at most whose 5,040 orders are all counted
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of a claim, as a line of Markdown, and the p-value of its test, if it could be tested."""
+    """What became of a claim."""
 
-    line: str
-    p: float | None
+    word: str  # confirmed | contradicted (either on these test images) | open, with its leaning | not run
+    text: str
+    why: str  # effect, interval, number of seeds, and what limits them
+    p: float | None  # of its test, if it could be tested
+
+    @property
+    def line(self) -> str:
+        """A line of Markdown."""
+        return f"**{self.word}**: {self.text}. {self.why}".rstrip()
 
 
 def judged(table: Table, found: list[Outcome]) -> list[Judgement]:
@@ -48,8 +55,8 @@ def judged(table: Table, found: list[Outcome]) -> list[Judgement]:
             word, why, p = contrast(*used, column, lower=claim.lower)
         hardware = sorted({row["hardware"] for o in used for row in o.ledger})
         if p is not None and len(hardware) > 1:
-            why += f" The runs are of different hardware: {', '.join(hardware)}."
-        lines.append(Judgement(f"**{word}**: {claim.text}. {why}".rstrip(), p))
+            why += f" The runs used different hardware: {', '.join(hardware)}."
+        lines.append(Judgement(word, claim.text, why, p))
     return lines
 
 
@@ -84,8 +91,8 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     images, chance = sampling(better, than, column)
     if word in CERTAIN and images and abs(at.mean) < math.hypot(at.half or 0, chance):
         word += " on these test images"
-        why += f" Drawing {images:,} others can add up to ± {chance:.{digits}f} points (95 %, of methods that err"
-        why += " independently)."
+        why += f" Another {images:,} test images could move this by up to ± {chance:.{digits}f} points (95 %, if the"
+        why += " methods err independently)."
     return word, f"{why} {without}".rstrip(), tested.p
 
 

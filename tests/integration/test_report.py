@@ -86,7 +86,7 @@ def test_the_filter_knows_row_ids_and_deviations(folder: Path, typed: str, seen:
     script = f"""
       const box = document.getElementById('filter'); box.value = '{typed}'; box.oninput();
       document.title = [...document.querySelectorAll('#table6 tbody tr')].filter(r => !r.hidden).length + ' '
-        + document.querySelector('[data-of=demo]').hidden;"""
+        + document.getElementById('demo').hidden;"""
     assert browse(folder, script) == seen
 
 
@@ -101,3 +101,21 @@ def test_curves_are_drawn_inside_their_frames_and_links_lead_to_runs(folder: Pat
       document.title = document.querySelectorAll('polyline').length + ' ' + bad + ' ' + dead;"""
     drawn, outside, dead = map(int, browse(folder, script).split())
     assert drawn >= 9 * 4 and outside == 0 and dead == 0
+
+
+def test_the_page_opens_with_what_was_shown_and_claims_nothing_that_was_not_run(folder: Path) -> None:
+    text = (folder / "index.html").read_text()
+    assert "Made so far: none. So no number of the papers has been reproduced yet." in text
+    assert ">measured<" not in text and 'id="table6"' in text.split("<h3>Pending</h3>")[1]
+
+
+@needs_browser
+def test_every_stored_figure_is_on_the_page_and_inside_it(tmp_path: Path) -> None:
+    figures = Path(__file__).resolve().parents[2] / "results" / "figures"
+    (tmp_path / "index.html").write_text(report([], figures.parent / "runs", figures))
+    script = """
+      document.querySelectorAll('details').forEach(d => d.open = true);
+      document.title = document.querySelectorAll('.plot svg').length + '/' + document.documentElement.scrollWidth;"""
+    for width in (390, 1280):
+        drawn, inner = map(int, browse(tmp_path, script, width=width).split("/"))
+        assert drawn == len(list(figures.glob("*.svg"))) and inner <= width

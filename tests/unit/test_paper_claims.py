@@ -70,7 +70,8 @@ def test_sampling_error_is_that_of_two_binomials(tmp_path: Path) -> None:
     images, half = sampling(found[1], found[0], table.columns[0])
     assert images == 360 and half == pytest.approx(1.96 * np.std(drawn[0] - drawn[1]), rel=0.01)
     assert said.endswith(
-        f"Drawing 360 others can add up to ± {half:.2f} points (95 %, of methods that err independently)."
+        f"Another 360 test images could move this by up to ± {half:.2f} points "
+        "(95 %, if the methods err independently)."
     )
 
 
@@ -92,7 +93,7 @@ def test_other_hardware_is_told(tmp_path: Path) -> None:
     path = row_path(tmp_path, runs_of(table, table.rows[1])[0].run_id)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hardware": "NVIDIA X"}))
     (said,) = judged(table, join_table(table, tmp_path))
-    assert said.endswith("The runs are of different hardware: CPU test, NVIDIA X.")
+    assert said.endswith("The runs used different hardware: CPU test, NVIDIA X.")
 
 
 def test_holm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from sam_repro.paper.claims import judged, surviving
@@ -9,52 +10,80 @@ from sam_repro.paper.estimate import estimated_and_actual
 from sam_repro.paper.ledger_join import JoinedTable
 from sam_repro.paper.render.numbers import markdown_table
 from sam_repro.paper.render.tables import render
+from sam_repro.paper.spec import Table, load_table
 from sam_repro.paper.statistics import LEVEL
 
-FILES = """`index.html` has every table, run and curve; `paper/` has the papers' numbers as data, `studies/` our
-own experiments, and `runs/` one immutable file a finished run. What departs from the papers:
-`docs/DEVIATIONS.md`."""
-STUDIES = """Small experiments of our own on real images, each claim tested on our runs: *confirmed* or *contradicted*
-where chance would do as well less than one time in twenty (two-sided; by seed, or over the points of a grid against
-random orders of them; not corrected for the number of claims), *open* otherwise; *on these test images* where the seeds
-agree, but other images of the same kind could turn it round. A method that was not tuned is judged as it was run.
-They say nothing of ImageNet at full size."""
-LEGEND = """runs, wanted: training runs. The other columns count numbers of the table: *within*, *above*, *below*: where
-our 95 % interval over seeds lies to the paper's number; *one seed*: no interval.
+EVIDENCE = "demo"  # the table whose figure README, results/README.md and the page show first
+STUDIES = """Each study tests claims on real images. *Confirmed* and *contradicted* mean p < 0.05, two-sided: by seed,
+or over the points of a grid. *Open* means p >= 0.05. *On these test images* means that the seeds agree, but that
+another test set of the same size could turn the result round. p values are not corrected for the number of
+claims. Methods that were not tuned are judged as they were run."""
+LEGEND = """*Runs* and *wanted* count training runs. The other columns count numbers of the table. *Within*, *above* and
+*below* say where our 95 % interval over seeds lies, compared with the paper's number. *One seed* has no
+interval.
 
-In the tables: ε is the perturbation, h = f(w + ε) - f(w) the surrogate gap, θ the angle between the gradients at w and
-w + ε; σ_max and λ_max are the Hessian's eigenvalue of largest size, on at most 512 training images, v its eigenvector.
-Processor hours: time, divided by the number of runs that were to share a GPU."""
-COST = """Hours of finished runs beside what `sam-repro estimate` says of them, from speeds measured with one run alone
-on the processor. Estimates leave out compiling, evaluation and checkpoints, which is most of a run of a minute; several
-runs on one GPU fill each other's gaps."""
+ε is the perturbation. h = f(w + ε) - f(w) is the surrogate gap. θ is the angle between the gradients at w and w
++ ε. λ_max is the Hessian's eigenvalue of largest size on fixed training images, v its eigenvector. Processor
+hours are wall-clock hours, divided by the number of runs that shared the GPU."""
+COST = """Estimated hours come from `sam-repro estimate`, from speeds measured with one run alone on the processor. They
+leave out compiling, evaluation and checkpoints. Those are most of a run of one minute. Several runs on one GPU
+fill each other's gaps."""
+
+
+def is_study(table: Table) -> bool:
+    """Whether a table is a study of our own, or the demo, and not of a paper."""
+    return table.name.startswith("study") or table.name == "demo"
+
+
+def summary(parts: list[JoinedTable]) -> list[str]:
+    """What was shown and what was not, in a few sentences."""
+    papers, studies = ([p for p in parts if is_study(p.table) is mine] for mine in (False, True))
+    done, wanted = (len(set().union(*(getattr(p, what) for p in papers))) for what in ("rows", "runs"))
+    said = [f"The tables of the two papers ask for {wanted:,} runs. Made so far: {done or 'none'}."]
+    said += ["So no number of the papers has been reproduced yet."] * (not done)
+    said.append(f"{len(set().union(*(p.rows for p in studies))):,} runs of small studies of our own have been made.")
+    tested = [j for p in studies for j in judged(p.table, p.outcomes) if j.p is not None]
+    words, ps = Counter(re.split(r"\W", j.word)[0] for j in tested), [j.p for j in tested if j.p is not None]
+    if ps:
+        said.append(
+            f"They test {len(ps)} claims at p < {LEVEL:g}: {words['confirmed']} are confirmed, {words['contradicted']} "
+            f"contradicted and {words['open']} open."
+        )
+        said.append(
+            f"Chance alone would decide about {LEVEL * len(ps):.0f} of them; Holm's correction for their number leaves "
+            f"{surviving(ps) or 'none'}."
+        )
+    return said
 
 
 def overview(parts: list[JoinedTable], more: list[str], drawn: set[str]) -> str:
-    """The page: one line a table, and how to read it; the studies with their claims, `more`, and `drawn` figures."""
-    lines = ["# Results", "", "Generated by `sam-repro check --write` from `results/runs/`; never edited by hand.", ""]
+    """The page: a summary, the evidence picture, the studies with their claims, `more`, and the counts of all tables.
+
+    Args:
+        drawn: names of the tables that have a figure in results/figures.
+    """
+    lines = ["# Results", "", "<!-- Generated by `sam-repro check --write` from results/runs. Do not edit. -->", ""]
+    lines += [" ".join(summary(parts))]
+    if EVIDENCE in drawn:
+        title = load_table(EVIDENCE).title
+        lines += ["", f"![{title}](figures/{EVIDENCE}.svg)", "", f"{title}. `sam-repro figures {EVIDENCE}` draws it."]
+    studies = [part for part in parts if part.table.claims]
+    if studies:
+        lines += ["", "## What was shown", "", STUDIES]
+    for part in sorted(studies, key=lambda part: not part.rows):
+        lines += ["", f"{part.table.title}:", "", *(f"* {j.line}" for j in judged(part.table, part.outcomes))]
+    lines += more
+    for part in studies:
+        name = part.table.name
+        if part.rows:
+            lines += ["", render(part.table, part.outcomes, "md").strip()]
+            lines += ["", f"![{part.table.title}](figures/{name}.svg)"] if name in drawn else []
     header = ("table", "runs", "wanted", "within", "above", "below", "diverged", "one seed", "not in our sources")
     counts = []
     for part in parts:
         verdicts = Counter(c.verdict for o in part.outcomes for c in o.cells)
         counts.append([part.table.title, len(part.rows), len(part.runs), *(verdicts[word] for word in header[3:])])
-    lines += [markdown_table(header, counts), "", FILES, "", LEGEND]
-    studies = [part for part in parts if part.table.claims]
-    judgements = {part.table.title: judged(part.table, part.outcomes) for part in studies}
-    ps = [j.p for said in judgements.values() for j in said if j.p is not None]
-    if studies:
-        lines += ["", "## Studies: what was confirmed, what was not", "", STUDIES]
-    if ps:
-        low, chance = sum(p < LEVEL for p in ps), LEVEL * len(ps)
-        said = f"{len(ps)} claims could be tested: {low} have p < {LEVEL:g}, as {chance:.1f} would by chance alone;"
-        lines += ["", f"{said} after Holm's correction for their number {surviving(ps)}."]
-    for title, said in judgements.items():
-        lines += ["", f"{title}:", "", *(f"* {j.line}" for j in said)]
-    lines += more
-    for part in studies:
-        name = part.table.name
-        lines += ["", render(part.table, part.outcomes, "md").strip()]
-        lines += ["", f"![{part.table.title}](figures/{name}.svg)"] if name in drawn else []
+    lines += ["", "## All tables", "", markdown_table(header, counts), "", LEGEND]
     return "\n".join(lines) + "\n"
 
 

@@ -1,72 +1,92 @@
-"""One self-contained page of everything: tables, curves of every run, costs, deviations."""
+"""One self-contained page of everything: claims, tables, figures, curves of every run, costs, deviations."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from sam_repro.paper.claims import judged
 from sam_repro.paper.deviations import deviations_path
 from sam_repro.paper.estimate import row_costs
 from sam_repro.paper.ledger_join import JoinedTable, join_tables
 from sam_repro.paper.outcomes import Outcome, curve
 from sam_repro.paper.render.chart import Chart, line_chart
 from sam_repro.paper.render.numbers import hours_words
+from sam_repro.paper.render.overview import EVIDENCE, is_study, summary
 from sam_repro.paper.render.page import page
 from sam_repro.paper.render.sheet import method_of, sheet_of
 from sam_repro.records.ledger import Row
 
-OVERVIEW = ("table", "rows", "runs", "of", "within", "above", "below", "diverged", "one seed", "pending")
+SPEED = {"speed": "What a step costs", "scaling": "Many GPUs of one host"}  # figures of benchmarks/report.py
 
 
-def report(names: list[str], ledger_dir: Path | None = None) -> str:
+def report(names: list[str], ledger_dir: Path | None = None, figures_dir: Path | None = None) -> str:
     """The page as text.
 
     Args:
         names: tables; empty for all whose runs go to the committed ledger.
         ledger_dir: folder of ledger rows; None takes the tables' own.
+        figures_dir: folder of the SVG files that go on the page, one per table; None leaves them out.
     """
-    return assemble(join_tables(names, ledger_dir))
+    return assemble(join_tables(names, ledger_dir), figures_in(figures_dir) if figures_dir else {})
 
 
-def assemble(tables: list[JoinedTable]) -> str:
-    """The whole page."""
+def assemble(tables: list[JoinedTable], figures: dict[str, Markup] | None = None) -> str:
+    """The whole page: claims and evidence, studies, the papers' tables, runs, costs, deviations."""
+    figures = figures or {}
     rows = {run_id: row for table in tables for run_id, row in table.rows.items()}
+    ordered = sorted(tables, key=lambda joined: not is_study(joined.table))
+    entries = [table_entry(joined, figures) for joined in ordered]
     return page(
         "report.html",
-        title="Sharpness-aware training, reproduced",
-        tiles=tiles(tables, rows),
-        overview_header=OVERVIEW,
-        tables=[table_entry(table) for table in tables],
+        title="Sharpness-aware training: what came out",
+        summary=summary(tables),
+        evidence=figures.get(EVIDENCE),
+        claims=claims(tables),
+        begun=[entry for entry in entries if entry["runs"]],
+        pending=[entry for entry in entries if not entry["runs"]],
+        speed=[(title, figures[name]) for name, title in SPEED.items() if name in figures],
         runs=[run_entry(row) for _, row in sorted(rows.items())],
         costs=[costs(table) for table in tables],
         deviations=deviations(),
     )
 
 
-def tiles(tables: list[JoinedTable], rows: dict[str, Row]) -> list[tuple[str, str]]:
-    """The few numbers that say where the project stands, with what they are."""
-    verdicts = Counter(c.verdict for table in tables for o in table.outcomes for c in o.cells)
-    wanted = len(set().union(*(table.runs for table in tables)))
-    judged = verdicts["within"] + verdicts["above"] + verdicts["below"]
-    return [
-        (f"{len(rows)} / {wanted}", "runs in the ledger"),
-        (f"{judged}", "numbers compared"),
-        (f"{verdicts['within']}", "within the paper's"),
-        (f"{verdicts['below']}", "below"),
-        (f"{verdicts['above']}", "above"),
-        (f"{verdicts['not in our sources']}", "not in our sources"),
-        (f"{hours_words(sum(row.get('hours', 0) for row in rows.values()))} h", "processor hours"),
+def figures_in(folder: Path) -> dict[str, Markup]:
+    """{name: figure} of a folder's SVG files as they stand inside a page: without prolog, metadata and ids."""
+    found = {}
+    for path in sorted(folder.glob("*.svg")):
+        text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>", "", path.read_text(), flags=re.DOTALL)
+        text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
+        text = re.sub(r'<g id="[^"]*"', "<g", text)
+        text = re.sub(r' width="([\d.]+)pt" height="[\d.]+pt"', r' style="max-width: \1pt"', text, count=1)
+        found[path.stem] = Markup(text)
+    return found
+
+
+def claims(tables: list[JoinedTable]) -> dict[str, list[dict[str, str]]]:
+    """The claims that could be tested: those decided, the confirmed ones first, and those open."""
+    said = [
+        {"word": j.word, "text": j.text, "why": j.why, "table": t.table.name, "title": t.table.title}
+        for t in tables
+        for j in judged(t.table, t.outcomes)
+        if j.p is not None
     ]
+    said.sort(key=lambda claim: not claim["word"].startswith("confirmed"))
+    is_open = [claim["word"].startswith("open") for claim in said]
+    return {
+        "decided": [claim for claim, still in zip(said, is_open, strict=True) if not still],
+        "open": [claim for claim, still in zip(said, is_open, strict=True) if still],
+    }
 
 
-def table_entry(joined: JoinedTable) -> dict[str, Any]:
-    """A table that folds, open where it has results; and its line in the overview."""
+def table_entry(joined: JoinedTable, figures: dict[str, Markup]) -> dict[str, Any]:
+    """A table that folds, with its figure where it has runs."""
     t, outcomes = joined.table, joined.outcomes
-    verdicts = Counter(c.verdict for o in outcomes for c in o.cells)
-    counts = [len(t.rows), len(joined.rows), len(joined.runs), *(verdicts[word] for word in OVERVIEW[4:])]
     title_words = [t.name, t.title, *t.warnings]  # words that every row answers to
     return {
         "name": t.name,
@@ -75,10 +95,10 @@ def table_entry(joined: JoinedTable) -> dict[str, Any]:
         "state": f"cannot be planned yet: {joined.problem}"
         if joined.problem
         else f"{len(joined.rows)} of {len(joined.runs)} runs",
-        "counts": [str(count or "–") for count in counts],
+        "runs": len(joined.rows),
+        "figure": figures.get(t.name) if joined.rows else None,
         "words": " ".join([*title_words, *(f"{r.id} {r.model} {r.method} {' '.join(r.warnings)}" for r in t.rows)]),
         "title_words": " ".join(title_words),
-        "open": bool(joined.rows) or t.name == "table1",
         "sheet": sheet_of(t, outcomes) if outcomes else None,
         "links": [links_of(o) for o in outcomes],
         "ids": [o.row.id for o in outcomes],

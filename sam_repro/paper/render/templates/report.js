@@ -24,6 +24,9 @@ filter.oninput = () => {
       row.hidden = !words.every(w => text.includes(w) || title.includes(w) && !named.has(w));
     });
   });
+  document.querySelectorAll('[data-holds]').forEach(fold => {  // what folds others opens while something is looked for
+    fold.hidden = words.length && !fold.querySelector('.filterable:not([hidden])'); fold.open = words.length > 0;
+  });
   document.querySelectorAll('[data-of]').forEach(row => {
     row.hidden = document.getElementById(row.dataset.of).hidden;
   });
@@ -31,5 +34,6 @@ filter.oninput = () => {
 addEventListener('hashchange', reveal); reveal();
 function reveal() {
   const at = document.getElementById(location.hash.slice(1));
-  if (at && at.tagName === 'DETAILS') at.open = true;
+  for (let fold = at; fold; fold = fold.parentElement) if (fold.tagName === 'DETAILS') fold.open = true;
+  if (at) at.scrollIntoView();
 }
