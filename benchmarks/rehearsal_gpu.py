@@ -120,6 +120,7 @@ class Run:
             "resumed_at": int(resumed[1]) if resumed else 0,
             "peaks": self.peaks,
             "seconds": time.perf_counter() - self.began,
+            "said": text.splitlines()[:16],
             "last_lines": text.splitlines()[-3:],
         }
 

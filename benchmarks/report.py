@@ -3,6 +3,7 @@
     python benchmarks/report.py speed                    # what a step costs, model by model
     python benchmarks/report.py scaling                  # many GPUs, compared with the model of docs/SCALING.md
     python benchmarks/report.py peers                    # the same training through other people's optimizers
+    python benchmarks/report.py costs                    # Table 1 by these speeds; rehearsal, rehearsal_gpu likewise
     python benchmarks/report.py speed --chart results/figures/speed
     python benchmarks/report.py --check                  # exit code 1 where a document is stale; --write makes it anew
 
@@ -24,13 +25,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import report_imagenet
 from sam_repro.paper.measured_speeds import stored
 from sam_repro.paper.render.numbers import markdown_table, number
 from sam_repro.paper.render.sheet import spread_of
 from sam_repro.paper.render.style import METHODS, RC, SOFT, save
 from sam_repro.paper.statistics import compare, interval
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
     r"(<!-- python benchmarks/report\.py (\w+) -->\n)(.*?)(<!-- end of benchmarks/report\.py -->)", re.DOTALL
 )
@@ -386,6 +390,10 @@ REPORTS = {
     "speed": Report(load_speed, speed_table, draw_speed),
     "scaling": Report(load_scaling, scaling_table, draw_scaling),
     "peers": Report(load_peers, peers_table, None),
+    "costs": Report(report_imagenet.load_costs, report_imagenet.costs_table, None),
+    "rehearsal": Report(report_imagenet.load_rehearsal, report_imagenet.rehearsal_table, None),
+    "rehearsal_gpu": Report(report_imagenet.load_gpu, report_imagenet.gpu_table, None),
+    "rehearsal_log": Report(report_imagenet.load_gpu, report_imagenet.log_lines, None),
 }
 
 if __name__ == "__main__":
