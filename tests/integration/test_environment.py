@@ -40,11 +40,36 @@ def test_kernels_are_compiled_where_code_and_home_are_read_only(read_only):
     for _ in range(2):
         done = subprocess.run(command, cwd=read_only, env=env, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
-    folder = Path(done.stdout.strip())
+    folder = Path(done.stdout.strip()).parent
     assert folder.parent == read_only / "temporary" and stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)
     done = subprocess.run(command, cwd=read_only, env=env, text=True, capture_output=True)
-    assert done.returncode == 0 and Path(done.stdout.strip()) != folder
+    assert done.returncode == 0 and Path(done.stdout.strip()).parent != folder
+
+
+def test_a_change_of_a_kernel_reaches_those_in_other_files_that_call_it(tmp_path):
+    """numba's cache of a kernel knows the kernel's own file only, so after an upgrade old machine code would go on."""
+    package = tmp_path / "sam_repro"
+    shutil.copytree(ROOT / "sam_repro", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "data/called.py").write_text("from numba import njit\n@njit(cache=True)\ndef number():\n    return 1\n")
+    (package / "data/calling.py").write_text(
+        "from numba import njit\nfrom sam_repro.data.called import number\n"
+        "@njit(cache=True)\ndef twice():\n    return 2 * number()\n"
+    )
+    program = "{}from sam_repro.data.calling import twice; n = twice(); print(n, len(twice.stats.cache_hits))"
+    for first in ("", "import numba; "):
+        command = [sys.executable, "-c", program.format(first)]
+        env = {k: v for k, v in ENV.items() if k != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": str(tmp_path)}
+
+        def answers(command: list[str] = command, env: dict[str, str] = env) -> list[str]:
+            return [subprocess.check_output(command, cwd=tmp_path, env=env, text=True).strip() for _ in range(2)]
+
+        assert answers() == ["2 0", "2 1"]
+        called = package / "data/called.py"
+        called.write_text(called.read_text().replace("return 1", "return 4"))
+        assert answers() == ["8 0", "8 1"]
+        called.write_text(called.read_text().replace("return 4", "return 1"))
+        shutil.rmtree(package / "data/__pycache__")
 
 
 def test_what_a_run_leaves_has_the_mode_that_the_umask_says(tmp_path):
