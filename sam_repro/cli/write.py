@@ -4,9 +4,11 @@
   sam-repro write pets --src /data/torchvision --dst /data/pets --download
   sam-repro write arrays --src images.npz --dst /data/mine
 
-A JPEG that FFCV can decode and that is small enough keeps its original bytes: writing loses nothing. Larger images,
-other formats and CMYK are re-encoded; arrays keep their pixels. EXIF orientation is not applied, as TensorFlow's
-pipelines do not. The same command again does nothing, or writes what changed.
+A JPEG that FFCV can decode and that is small enough keeps its coefficients, and so every pixel: writing loses nothing.
+It is coded anew with restart markers, so that training decodes a crop without reading the rest, and without metadata
+(--segment 0 keeps its bytes). Larger images, other formats and CMYK are re-encoded; arrays keep their pixels. EXIF
+orientation is not applied, as TensorFlow's pipelines do not. The same command again does nothing, or writes what
+changed; it recodes a file that was written without restart markers.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="let torchvision fetch the data into --src first")
     parser.add_argument("--max-side", type=int, default=500, help="pixels; larger images are shrunk (default: 500)")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality of re-encoded images (default: 90)")
+    parser.add_argument(
+        "--segment", type=int, default=64, help="pixels between restart markers; 0 keeps JPEGs' bytes (default: 64)"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and list them")
     parser.add_argument("--num-classes", type=int, help="how many classes there must be")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads (default: the cores, at most 16)")
@@ -39,6 +44,7 @@ def run(args: Namespace) -> int:
         download=args.download,
         max_side=args.max_side,
         quality=args.quality,
+        segment=args.segment,
         skip_bad=args.skip_bad,
         num_classes=args.num_classes,
         workers=args.workers,

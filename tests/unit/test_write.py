@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sam_repro.data.beton import BetonFile
+from sam_repro.data.images.decode import decode
 from sam_repro.data.manifest import check_manifest, manifest_hash
 from sam_repro.data.write import dataset as write
 from sam_repro.data.write.dataset import encode, write_dataset
@@ -42,7 +43,7 @@ def run(src, dst, **options):
 
 
 def test_small_jpegs_keep_their_bytes(folders, tmp_path):
-    manifests = run(folders, tmp_path / "dst", num_classes=3)
+    manifests = run(folders, tmp_path / "dst", num_classes=3, segment=0)
     file = BetonFile.open(tmp_path / "dst" / "train.beton")
     files = sorted((folders / "train").rglob("*.JPEG"))
     assert [file.sample(i) for i in range(15)] == [f.read_bytes() for f in files]
@@ -50,6 +51,41 @@ def test_small_jpegs_keep_their_bytes(folders, tmp_path):
     assert manifests["train"] == check_manifest(file, full=True)
     assert manifests["train"]["classes"] == ["ant", "bee", "cat"]
     assert manifests["val"]["counts"] == [2, 2, 2] and manifests["val"]["reencoded"] == 0
+
+
+def test_the_same_command_recodes_an_old_file(folders, tmp_path, capsys):
+    dst = tmp_path / "dst"
+    kept = run(folders, dst, segment=0)["train"]
+    before = BetonFile.open(dst / "train.beton")
+    assert "recoded" not in kept and "segment" not in kept["rule"]
+    manifest = run(folders, dst)["train"]
+    assert manifest["recoded"] == {"images": 15, "coefficients": "kept"} and manifest["rule"]["segment"] == 64
+    assert manifest["reencoded"] == 0
+    after = BetonFile.open(dst / "train.beton")
+    for i in range(15):
+        assert np.array_equal(decode(after.sample(i), "it"), decode(before.sample(i), "it"))
+        assert after.sizes[i] < before.sizes[i]
+    assert run(folders, dst)["train"] == manifest and capsys.readouterr().out.count("is up to date") == 2
+
+
+def test_without_a_compiler_jpegs_keep_their_bytes(folders, tmp_path, monkeypatch, capsys):
+    kept = run(folders, tmp_path / "dst", segment=0)
+    monkeypatch.setattr(write.jpeg, "load", lambda: "there is no C compiler")
+    assert run(folders, tmp_path / "dst") == kept
+    assert "there is no C compiler" in capsys.readouterr().out
+
+
+def test_what_does_not_recode_is_stored_as_it_is(monkeypatch):
+    data = as_bytes(picture(90, 90))
+    for worse in (None, as_bytes(picture(90, 90, 1))):  # libjpeg refuses; other pixels
+        monkeypatch.setattr(write.jpeg, "recode", lambda data, segment, worse=worse: worse)
+        assert encode(data, max_side=500, quality=90, segment=64)[:4] == (data, 90, 90, False)
+    monkeypatch.undo()
+    png = encode(as_bytes(picture(90, 90), "PNG"), max_side=500, quality=90, segment=64)
+    assert png.reencoded and png.recoded
+    assert np.array_equal(
+        decode(png.data, "it"), decode(encode(as_bytes(picture(90, 90), "PNG"), max_side=500, quality=90).data, "it")
+    )
 
 
 @pytest.mark.parametrize(

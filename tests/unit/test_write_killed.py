@@ -29,9 +29,9 @@ def die(*_, **__):
 partial.SAVE_SECONDS = 0.0
 if moment == "image":
     add = partial.PartialBeton.add
-    def counted(self, image, sample, reencoded):
+    def counted(self, image, sample, how):
         if image == int(number): die()
-        add(self, image, sample, reencoded)
+        add(self, image, sample, how)
     partial.PartialBeton.add = counted
 elif moment == "journal":  # the samples are on the disk, half of an entry is
     save = partial.PartialBeton.save

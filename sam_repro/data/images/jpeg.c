@@ -1,15 +1,22 @@
-/* Decoding only the part of a JPEG that a crop needs, with libjpeg-turbo.
+/* Decoding only the part of a JPEG that a crop needs, with libjpeg-turbo, and recoding JPEGs so that this is cheap.
  *
  * Rows above the box skip the inverse transform, rows below it are not read, and columns beside it are left out; the
- * pixels inside are those of a whole decode, to the bit. Compiled on first use by data/images/jpeg.py.
+ * pixels inside are those of a whole decode, to the bit. A JPEG whose MCU rows are cut into restart segments is decoded
+ * from the segments that the box touches, joined to a smaller JPEG: nothing else is Huffman-decoded. Compiled on first
+ * use by data/images/jpeg.py.
  */
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <jpeglib.h>
+#include <jerror.h>
 
 #define MARGIN 2 /* pixels around the box that chroma upsampling looks at */
 #define ROWS 4 /* a call */
+#define PAD 8 /* zero bytes after a joined segment: libjpeg-turbo's fast path reads 6 bytes at once, and never over a marker */
+#define TAIL 5120 /* zero bytes after the last: the fast path wants 512 for each of the 10 blocks of the largest MCU */
 
 struct failure {
   struct jpeg_error_mgr manager;
@@ -18,8 +25,10 @@ struct failure {
 
 static void leave(j_common_ptr common) { longjmp(((struct failure *)common->err)->jump, 1); }
 
+/* Warnings count, but for the padding of joined segments: any other length shows damage. */
 static void count_only(j_common_ptr common, int level) {
-  if (level < 0) common->err->num_warnings++;
+  struct jpeg_error_mgr *err = common->err;
+  if (level < 0 && !(err->msg_code == JWRN_EXTRANEOUS_DATA && err->msg_parm.i[0] == PAD)) err->num_warnings++;
 }
 
 static void begin(struct jpeg_decompress_struct *jpeg, const unsigned char *data, uint64_t size) {
@@ -49,13 +58,9 @@ int64_t sam_repro_jpeg_sides(const unsigned char *data, uint64_t size) {
   return sides;
 }
 
-/* Decode the box of h x w pixels at (top, left) of a JPEG of height x width pixels, as RGB.
- *
- * out has room for 3 * height * width bytes. It gets rows of `columns` pixels, of which row r is the image's row r
- * from column x on; only the box is filled. Returns x * 65536 + columns, or -1 on any error, warning or other sides.
- */
-int64_t sam_repro_jpeg_box(const unsigned char *data, uint64_t size, int64_t height, int64_t width, int64_t top,
-                           int64_t left, int64_t h, int64_t w, unsigned char *out) {
+/* sam_repro_jpeg_box of one JPEG as it is; row r of it becomes row r + down of out. */
+static int64_t decode_box(const unsigned char *data, uint64_t size, int64_t height, int64_t width, int64_t top,
+                          int64_t left, int64_t h, int64_t w, int64_t down, unsigned char *out) {
   struct jpeg_decompress_struct jpeg;
   struct failure failure;
   prepare(&jpeg, &failure);
@@ -78,10 +83,186 @@ int64_t sam_repro_jpeg_box(const unsigned char *data, uint64_t size, int64_t hei
     JSAMPROW rows[ROWS];
     JDIMENSION count = 0;
     for (; count < ROWS && jpeg.output_scanline + count < end_row; count++)
-      rows[count] = out + 3 * (size_t)columns * (jpeg.output_scanline + count);
+      rows[count] = out + 3 * (size_t)columns * (down + jpeg.output_scanline + count);
     jpeg_read_scanlines(&jpeg, rows, count);
   }
   long warnings = jpeg.err->num_warnings;
   jpeg_destroy_decompress(&jpeg);
   return warnings ? -1 : (int64_t)x * 65536 + columns;
+}
+
+/* Where the parts of a sequential JPEG of one scan lie. */
+struct layout {
+  uint64_t sides, scan; /* bytes at which the height and the entropy-coded data begin */
+  int64_t height, width, mcu_height, mcu_width; /* pixels */
+  int64_t down, across, interval; /* MCUs: of the image, and of a restart segment */
+};
+
+static int64_t two_bytes(const unsigned char *at) { return at[0] << 8 | at[1]; }
+
+static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+/* Read a frame header of `length` bytes. */
+static int read_frame(const unsigned char *frame, int64_t length, struct layout *layout, int *components) {
+  if (length < 8 || frame[2] != 8 || length != 8 + 3 * (*components = frame[7])) return 0;
+  layout->height = two_bytes(frame + 3);
+  layout->width = two_bytes(frame + 5);
+  layout->mcu_height = layout->mcu_width = 8;
+  for (int c = 0; c < *components && *components > 1; c++) {
+    int64_t w = 8 * (frame[9 + 3 * c] >> 4), h = 8 * (frame[9 + 3 * c] & 15);
+    if (w > layout->mcu_width) layout->mcu_width = w;
+    if (h > layout->mcu_height) layout->mcu_height = h;
+  }
+  layout->down = parts(layout->height, layout->mcu_height);
+  layout->across = parts(layout->width, layout->mcu_width);
+  return layout->height > 0 && layout->width > 0;
+}
+
+/* Whether the JPEG's MCU rows are whole numbers of restart segments; fills the layout. */
+static int read_layout(const unsigned char *data, uint64_t size, struct layout *layout) {
+  int components = 0;
+  memset(layout, 0, sizeof *layout);
+  for (uint64_t at = 2; at + 4 <= size && data[at] == 0xFF;) {
+    unsigned char marker = data[at + 1];
+    int64_t length = two_bytes(data + at + 2);
+    if (length < 3 || at + 2 + length > size || marker < 0xC0) return 0;
+    if (marker == 0xC0 || marker == 0xC1) {
+      if (components || !read_frame(data + at + 2, length, layout, &components)) return 0;
+      layout->sides = at + 5;
+    } else if (marker == 0xDD) {
+      if (length != 4) return 0;
+      layout->interval = two_bytes(data + at + 4);
+    } else if (marker == 0xDA) {
+      layout->scan = at + 2 + length;
+      return components && data[at + 4] == components && layout->interval && layout->across % layout->interval == 0;
+    } else if (marker != 0xC4 && marker != 0xDB && marker != 0xFE && (marker & 0xF0) != 0xE0) {
+      return 0; /* another process, or a marker that has no place here */
+    }
+    at += 2 + length;
+  }
+  return 0;
+}
+
+/* Copy what stands before the entropy-coded data, but for comments and metadata. Returns the byte after it. */
+static unsigned char *copy_header(const unsigned char *data, const struct layout *layout, int64_t height,
+                                  int64_t width, unsigned char *to) {
+  memcpy(to, data, 2);
+  to += 2;
+  for (uint64_t at = 2, length; at < layout->scan; at += length) {
+    unsigned char marker = data[at + 1];
+    length = 2 + two_bytes(data + at + 2);
+    if (marker == 0xFE || (marker > 0xE0 && marker < 0xF0 && marker != 0xEE)) continue; /* JFIF's and Adobe's stay */
+    memcpy(to, data + at, length);
+    if (at + 5 == layout->sides) {
+      to[5] = height >> 8, to[6] = height;
+      to[7] = width >> 8, to[8] = width;
+    }
+    to += length;
+  }
+  return to;
+}
+
+/* The next marker of entropy-coded data, or NULL. */
+static const unsigned char *next_marker(const unsigned char *at, const unsigned char *end) {
+  while ((at = memchr(at, 0xFF, end - at)) && at + 1 < end) {
+    if (at[1]) return at;
+    at += 2;
+  }
+  return NULL;
+}
+
+/* Copy the segments of MCU rows [y0, y1), of which those in [x0, x1) of a row. Returns the byte after them, or NULL
+ * where the markers are not as they must be. */
+static unsigned char *copy_segments(const unsigned char *data, uint64_t size, const struct layout *layout, int64_t y0,
+                                    int64_t y1, int64_t x0, int64_t x1, unsigned char *to) {
+  const unsigned char *at = data + layout->scan, *end = data + size;
+  int64_t a_row = layout->across / layout->interval, index = 0, last = layout->down * a_row - 1, copied = 0;
+  for (int64_t y = 0; y < y1; y++)
+    for (int64_t x = 0; x < a_row; x++, index++) {
+      const unsigned char *marker = next_marker(at, end);
+      if (!marker || marker[1] != (index == last ? 0xD9 : 0xD0 + index % 8)) return NULL;
+      if (y >= y0 && x >= x0 && x < x1) {
+        memcpy(to, at, marker - at);
+        memset(to += marker - at, 0, PAD);
+        to[PAD] = 0xFF, to[PAD + 1] = 0xD0 + copied++ % 8;
+        to += PAD + 2;
+      }
+      at = marker + 2;
+    }
+  to[-1] = 0xD9;
+  memset(to, 0, TAIL);
+  return to + TAIL;
+}
+
+/* Decode the box of h x w pixels at (top, left) of a JPEG of height x width pixels, as RGB.
+ *
+ * out has room for 3 * height * width bytes. It gets rows of `columns` pixels, of which row r is the image's row r
+ * from column x on; only the box is filled. Returns x * 65536 + columns, or -1 on any error, warning or other sides.
+ */
+int64_t sam_repro_jpeg_box(const unsigned char *data, uint64_t size, int64_t height, int64_t width, int64_t top,
+                           int64_t left, int64_t h, int64_t w, unsigned char *out) {
+  struct layout l;
+  if (!read_layout(data, size, &l) || l.height != height || l.width != width)
+    return decode_box(data, size, height, width, top, left, h, w, 0, out);
+  int64_t pixels = l.interval * l.mcu_width, a_row = l.across / l.interval;
+  int64_t y0 = top > MARGIN ? (top - MARGIN) / l.mcu_height : 0, y1 = parts(top + h + MARGIN, l.mcu_height);
+  int64_t x0 = left > MARGIN ? (left - MARGIN) / pixels : 0, x1 = parts(left + w + MARGIN, pixels);
+  if (y1 > l.down) y1 = l.down;
+  if (x1 > a_row) x1 = a_row;
+  int64_t y = y0 * l.mcu_height, x = x0 * pixels;
+  int64_t rows = (y1 == l.down ? height : y1 * l.mcu_height) - y, columns = (x1 == a_row ? width : x1 * pixels) - x;
+  unsigned char *joined = malloc(size + (y1 - y0) * (x1 - x0) * (PAD + 2) + TAIL);
+  if (!joined) return -1;
+  unsigned char *end = copy_segments(data, size, &l, y0, y1, x0, x1, copy_header(data, &l, rows, columns, joined));
+  int64_t place = -1;
+  if (end) place = decode_box(joined, end - joined, rows, columns, top - y, left - x, h, w, y, out);
+  free(joined);
+  return place < 0 ? -1 : place + x * 65536;
+}
+
+/* MCUs of a restart segment: that divisor of the MCUs of a row which comes nearest to the wanted number, by ratio. */
+static int64_t restart_interval(int64_t across, double wanted) {
+  int64_t best = across;
+  for (int64_t i = 2; i < across; i++) {
+    double ratio = i < wanted ? wanted / i : i / wanted, least = best < wanted ? wanted / best : best / wanted;
+    if (across % i == 0 && ratio < least) best = i;
+  }
+  return best;
+}
+
+/* Code the same coefficients anew: sequential, the best Huffman tables, a restart marker about every `segment` pixels
+ * of an MCU row. Metadata and comments go. Returns the bytes, or -1 on any error or warning, or without room.
+ */
+int64_t sam_repro_jpeg_recode(const unsigned char *data, uint64_t size, int64_t segment, unsigned char *out,
+                              uint64_t room) {
+  struct jpeg_decompress_struct from;
+  struct jpeg_compress_struct to;
+  struct failure failure;
+  unsigned char *end = out;
+  unsigned long bytes = room;
+  prepare(&from, &failure);
+  memset(&to, 0, sizeof to); /* what jpeg_destroy can bear */
+  if (setjmp(failure.jump)) {
+    jpeg_destroy_decompress(&from);
+    jpeg_destroy_compress(&to);
+    return -1;
+  }
+  begin(&from, data, size);
+  to.err = from.err;
+  jpeg_create_compress(&to);
+  jvirt_barray_ptr *coefficients = jpeg_read_coefficients(&from);
+  if (from.err->num_warnings) leave((j_common_ptr)&from); /* writing sets it to 0 */
+  jpeg_copy_critical_parameters(&from, &to);
+  int64_t mcu = from.num_components > 1 ? 8 * from.max_h_samp_factor : 8;
+  to.optimize_coding = TRUE;
+  to.restart_interval = restart_interval(parts(from.image_width, mcu), (double)segment / mcu);
+  jpeg_mem_dest(&to, &end, &bytes);
+  jpeg_write_coefficients(&to, coefficients);
+  jpeg_finish_compress(&to);
+  jpeg_finish_decompress(&from);
+  jpeg_destroy_compress(&to);
+  jpeg_destroy_decompress(&from);
+  if (end == out) return bytes;
+  free(end); /* libjpeg made itself a larger buffer */
+  return -1;
 }

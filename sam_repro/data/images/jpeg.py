@@ -26,7 +26,7 @@ from sam_repro.records.files import sha256, write_atomic
 
 SOURCE = Path(__file__).with_name("jpeg.c")
 FLAGS = ("-O2", "-shared", "-fPIC")
-SYMBOLS = ("sam_repro_jpeg_sides", "sam_repro_jpeg_box")
+SYMBOLS = ("sam_repro_jpeg_sides", "sam_repro_jpeg_box", "sam_repro_jpeg_recode")
 
 # By name, so that kernels can be cached on disk: an address could not.
 _sides = types.ExternalFunction(SYMBOLS[0], types.int64(types.uintp, types.uint64))
@@ -70,6 +70,21 @@ def _library(compiler: str | None) -> ctypes.CDLL:
             cache.mkdir(parents=True, exist_ok=True)
             write_atomic(library, made.read_bytes())
         return ctypes.CDLL(str(made))
+
+
+def recode(data: bytes, segment: int) -> bytes | None:
+    """The same coefficients with the best Huffman tables and a restart marker about every `segment` pixels of a row.
+
+    Decoding a crop of the result reads only the segments that it touches. Any JPEG reader reads it; metadata and
+    comments are gone. None where that cannot be done without a warning, or `load` gives a reason.
+    """
+    if load():
+        return None
+    out = ctypes.create_string_buffer(2 * len(data) + 4096)
+    function = getattr(_keep[0], SYMBOLS[2])
+    function.restype = ctypes.c_int64
+    size = function(data, ctypes.c_uint64(len(data)), ctypes.c_int64(segment), out, ctypes.c_uint64(len(out)))
+    return out.raw[:size] if size > 0 else None
 
 
 _keep: list[ctypes.CDLL] = []

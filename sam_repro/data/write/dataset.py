@@ -20,13 +20,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sam_repro.data.beton import CRC, METADATA_AT, MIN_SIDE, PAGE, BetonFile
-from sam_repro.data.images.decode import reason, rgb
+from sam_repro.data.beton import CRC, MAX_SIDE, METADATA_AT, MIN_SIDE, PAGE, BetonFile
+from sam_repro.data.images import jpeg
+from sam_repro.data.images.decode import decode, reason, rgb
 from sam_repro.data.loaders.threads import worker_count
 from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, read_manifest, write_manifest
 from sam_repro.data.write import layouts, torchvision
 from sam_repro.data.write.layouts import RawSplit, Splits
-from sam_repro.data.write.partial import PartialBeton
+from sam_repro.data.write.partial import RECODED, REENCODED, PartialBeton
 from sam_repro.errors import UserError
 
 ESTIMATE_FILES = 64
@@ -58,18 +59,21 @@ class Encoded(NamedTuple):
     width: int
     reencoded: bool
     raw: bool = False
+    recoded: bool = False  # a JPEG whose coefficients are kept, in restart segments
 
 
-def encode(data: bytes | np.ndarray, *, max_side: int, quality: int) -> Encoded:
-    """What to store for an image: its bytes if they will do, else a re-encoded image.
+def encode(data: bytes | np.ndarray, *, max_side: int, quality: int, segment: int = 0) -> Encoded:
+    """What to store for an image: its coefficients or bytes if they will do, else a re-encoded image.
 
-    A JPEG that is small enough, grey or of three colours keeps its bytes. Pixels (uint8 [H, W] or [H, W, 3]) are stored
-    as they are, unless they are too large. The image is decoded completely either way, as every reader does it.
+    A JPEG that is small enough, grey or of three colours keeps its bytes; with `segment`, its coefficients. Pixels
+    (uint8 [H, W] or [H, W, 3]) are stored as they are, unless they are too large. The image is decoded completely
+    either way, as every reader does it.
 
     Args:
         data: an image file, or pixels.
         max_side: pixels; a larger image is shrunk to it by area averaging.
         quality: of a re-encoded JPEG.
+        segment: pixels between two restart markers, about; 0 leaves JPEGs as they are (see jpeg.recode).
 
     Raises:
         ValueError, OSError: the image is damaged, too small, or too large for the format.
@@ -96,11 +100,21 @@ def encode(data: bytes | np.ndarray, *, max_side: int, quality: int) -> Encoded:
         encoded = Encoded(stream.tobytes(), *pixels.shape[:2], True)
     else:
         encoded = Encoded(kept, height, width, False, raw)
+    if segment and not raw:
+        encoded = _in_segments(encoded, decode(encoded.data, "it") if encoded.reencoded else pixels, segment)
     if min(encoded.height, encoded.width) < MIN_SIDE:
         raise ValueError(f"{encoded.width}x{encoded.height} pixels are too few, a side needs {MIN_SIDE}")
     if len(encoded.data) > PAGE - CRC:
         raise ValueError(f"its {len(encoded.data)} bytes exceed {PAGE - CRC}; a smaller max_side re-encodes it")
     return encoded
+
+
+def _in_segments(encoded: Encoded, pixels: np.ndarray, segment: int) -> Encoded:
+    """The image recoded, if that leaves each of its pixels (uint8 [H, W, 3]) as it is; else the image as it is."""
+    recoded = jpeg.recode(encoded.data, segment)
+    if recoded is None or not np.array_equal(decode(recoded, "it"), pixels):
+        return encoded
+    return encoded._replace(data=recoded, recoded=True)
 
 
 def write_dataset(
@@ -111,6 +125,7 @@ def write_dataset(
     download: bool = False,
     max_side: int = 500,
     quality: int = 90,
+    segment: int = 64,
     skip_bad: bool = False,
     num_classes: int | None = None,
     workers: int = 0,
@@ -125,6 +140,7 @@ def write_dataset(
         download: let torchvision fetch the data first.
         max_side: pixels; larger images are shrunk to it by area averaging and re-encoded.
         quality: JPEG quality of re-encoded images.
+        segment: pixels between the restart markers, about, with which JPEGs are recoded; 0: their bytes are kept.
         skip_bad: leave unreadable images out and list them in the manifest, instead of stopping.
         num_classes: how many classes there must be; None: as many as there are.
         workers: decoding threads; 0: the cores of this machine, at most 16.
@@ -135,6 +151,8 @@ def write_dataset(
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
     if max_side < MIN_SIDE or not 1 <= quality <= 100:
         raise UserError(f"max_side={max_side} must be at least {MIN_SIDE}, and quality={quality} lie in 1 to 100")
+    if not 0 <= segment <= MAX_SIDE:
+        raise UserError(f"segment={segment} must lie in 0 to {MAX_SIDE}")
     if download and layout not in DOWNLOADS:
         raise UserError(f"--download is for {', '.join(DOWNLOADS)}; {layout} is read from --src")
     if download:
@@ -149,6 +167,10 @@ def write_dataset(
             print(remark, flush=True)
     dst.mkdir(parents=True, exist_ok=True)
     rule = {"max_side": max_side, "quality": quality, "skip_bad": skip_bad}
+    if segment and (obstacle := jpeg.load()):
+        print(f"JPEGs keep their bytes, and crops decode slower: {obstacle}", flush=True)
+    elif segment:  # without it the rule is that of files from before there were segments
+        rule["segment"] = segment
     with ThreadPoolExecutor(worker_count(workers, 1)) as pool:
         return {s: _write_split(raw, dst / f"{s}.beton", rule, pool, progress) for s, raw in splits.items()}
 
@@ -224,7 +246,7 @@ def _write_split(
         for image, result in enumerate(bar, start):
             if isinstance(result, Encoded):
                 sample = result.data, result.height, result.width, int(raw.labels[image]), result.raw
-                partial.add(image, sample, result.reencoded)
+                partial.add(image, sample, REENCODED * result.reencoded | RECODED * result.recoded)
             elif not rule["skip_bad"]:
                 name = f"{raw.names[image]} ({beton.stem})"
                 raise UserError(f"cannot use {name}: {reason(result)}; --skip-bad leaves such images out")
@@ -233,7 +255,9 @@ def _write_split(
     kept[partial.images] = True
     skipped = [raw.names[image] for image in np.flatnonzero(~kept)]
     files = (raw.names[image] for image in np.flatnonzero(kept))
-    facts = {"rule": rule, "source": fingerprint, "reencoded": partial.reencoded, "skipped": skipped}
+    facts = {"rule": rule, "source": fingerprint, "reencoded": partial.total(REENCODED), "skipped": skipped}
+    if "segment" in rule:
+        facts["recoded"] = {"images": partial.total(RECODED), "coefficients": "kept"}
     manifest = write_manifest(beton, raw.classes, files=files, **facts)
     partial.forget()
     return manifest
@@ -258,7 +282,8 @@ def _ordered(
 
 def _load(raw: RawSplit, index: int, rule: dict[str, Any]) -> Encoded | Exception:
     try:
-        return encode(raw.read(index), max_side=rule["max_side"], quality=rule["quality"])
+        rule = {key: value for key, value in rule.items() if key != "skip_bad"}
+        return encode(raw.read(index), **rule)
     except Exception as error:  # Pillow raises many types for damaged files; the caller names the file
         return error
 

@@ -22,7 +22,8 @@ from sam_repro.errors import UserError
 
 SAVE_SECONDS = 20.0
 CHECKED = 256  # samples at the end whose checksums are tested before going on after them
-ENTRY = np.dtype([("image", "<i8"), ("sample", SAMPLE), ("stored", "<u4"), ("reencoded", "u1")])
+ENTRY = np.dtype([("image", "<i8"), ("sample", SAMPLE), ("stored", "<u4"), ("how", "u1")])
+REENCODED, RECODED = 1, 2  # bits of `how`: other coefficients, or the same in another code
 
 
 class PartialBeton:
@@ -67,15 +68,14 @@ class PartialBeton:
         """The number of the first image that nothing is known of."""
         return int(self.images[-1]) + 1 if self.count else 0
 
-    @property
-    def reencoded(self) -> int:
-        """How many of them are re-encoded."""
-        return int(self.entries["reencoded"][: self.count].sum())
+    def total(self, how: int) -> int:
+        """How many of them are REENCODED, or RECODED."""
+        return int(np.count_nonzero(self.entries["how"][: self.count] & how))
 
-    def add(self, image: int, sample: Sample, reencoded: bool) -> None:
+    def add(self, image: int, sample: Sample, how: int) -> None:
         """Append the image of this number, greater than those before."""
         row, stored = self.writer.add(*sample)
-        self.entries[self.count] = (image, row, stored, reencoded)
+        self.entries[self.count] = (image, row, stored, how)
         self.count += 1
         if time.monotonic() >= self.next_save:
             self.save()
