@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 LONGEST = 2**20  # bytes of a line; a longer one is damaged
+BLOCK = 2**16  # bytes that are read at once from the end
 
 
 def finite(value: Any) -> Any:
@@ -50,6 +52,22 @@ def stream_log(path: Path) -> Iterator[tuple[int, Record]]:
             if record is not None:
                 yield place, record
             place += len(line)
+
+
+def stream_backwards(path: Path) -> Iterator[Record]:
+    """The same records, the last one first: what a long log says at its end costs no reading of the rest."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        end, head = file.seek(0, os.SEEK_END), b""  # head: of a line whose other part is in the block before
+        while end:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            head, *lines = (file.read(end - start) + head).split(b"\n")
+            yield from filter(None, map(parse, reversed(lines)))
+            head = head if len(head) <= LONGEST else b"!"  # damaged: what is before it may not make it whole
+            end = start
+        yield from filter(None, [parse(head)])
 
 
 def parse(line: bytes) -> Record | None:

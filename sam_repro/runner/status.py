@@ -11,7 +11,7 @@ from sam_repro.paper.outcomes import is_running
 from sam_repro.paper.runs import Run
 from sam_repro.records import failure
 from sam_repro.records.ledger import Row
-from sam_repro.records.log import clock, read_log
+from sam_repro.records.log import clock, stream_backwards
 
 STATES = ("done", "diverged", "failed", "running", "stopped", "waiting")
 
@@ -51,9 +51,8 @@ def scores_of(row: Row) -> str:
 
 def progress_of(run_dir: Path) -> str:
     """'at step 200, loss 1.2, 0:10:00 left', or the empty string for a run without a step."""
-    records = [x for x in read_log(run_dir / "log.jsonl") if "loss" in x]
-    if not records:
+    end = next((record for record in stream_backwards(run_dir / "log.jsonl") if "loss" in record), None)
+    if end is None:
         return ""
-    end = records[-1]
     loss = "not finite" if end.get("loss") is None else f"{end['loss']:.4f}"
     return f"at step {end['step']}, loss {loss}, {clock(end.get('eta') or 0)} left"

@@ -11,7 +11,7 @@ import pytest
 from sam_repro.config.compose import compose_config
 from sam_repro.curvature.from_log import decay_by_age, measurements
 from sam_repro.optim import METRICS
-from sam_repro.records.log import read_log
+from sam_repro.records.log import BLOCK, LONGEST, read_log, stream_backwards
 from sam_repro.training.results import CURVES, curves
 from sam_repro.training.run_log import RunLog
 
@@ -88,6 +88,33 @@ def test_a_long_log_takes_little_memory(tmp_path):
     tracemalloc.stop()
     assert found["train"]["step"][-1] == 100_000 and len(found["train"]["step"]) <= 200
     assert peak < 16e6
+
+
+def test_backwards_are_the_same_records(tmp_path):
+    """Lines of all lengths around the blocks that are read at once, some cut."""
+    path, draw = tmp_path / "log.jsonl", random.Random(0)
+    lines = [json.dumps({"step": i, "loss": i / 3, "note": "x" * draw.choice([1, 500, BLOCK])}) for i in range(200)]
+    for i in range(0, 200, 17):
+        lines[i] = lines[i][:-3]
+    write(path, lines)
+    for end in ("", '{"step": 7}', '{"step": 7', "\n\n"):
+        path.write_text(path.read_text() + end)
+        assert list(stream_backwards(path)) == read_log(path)[::-1]
+    assert list(stream_backwards(tmp_path / "none")) == []
+
+
+def test_the_end_of_a_long_log_is_found_at_once(tmp_path):
+    """30 MB, and a line without an end."""
+    path = tmp_path / "log.jsonl"
+    line = json.dumps({"step": 1, **TRAINING}) + "\n"
+    path.write_text(line * (30_000_000 // len(line)) + '{"step": 2, "loss": 0.25}\n')
+    with open(path, "a") as file:
+        file.write("[" * 30_000_000)
+    tracemalloc.start()
+    assert next(stream_backwards(path)) == {"step": 2, "loss": 0.25}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * LONGEST
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda text: text[:9])
