@@ -43,7 +43,11 @@ format: $(READY) ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+api: $(READY) ## a page for every public module in build/api, from the docstrings
+	$(PYTHON) -m pip install -q -e '.[docs]'
+	$(PYTHON) -m pdoc --math --docformat google -o build/api sam_repro.optim sam_repro.curvature sam_repro.data sam_repro.models.build sam_repro.config.schema sam_repro.records.ledger sam_repro.paper.spec
+
 clean: ## remove the environment; runs/ (weights) and data/ stay
 	rm -rf $(VENV)
 
-.PHONY: help install demo test test-slurm check test-slow test-gpu lint format clean
+.PHONY: api help install demo test test-slurm check test-slow test-gpu lint format clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from argparse import ArgumentParser
@@ -14,6 +15,7 @@ from commands import train
 
 from sam_repro.cli.main import main
 from sam_repro.config.compose import compose_config
+from sam_repro.paper.render.overview import EVIDENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -99,3 +101,43 @@ def test_the_quickstart_runs_as_typed(tmp_path):
     (words,) = (w for w in commands("README.md") if "debug=tiny" in w)
     assert words[:2] == ["python", "train.py"]
     assert " done: val " in train(tmp_path, *words[2:])
+
+
+# ---- links and the notebook ------------------------------------------------------------------------------------------
+
+EVERY_PAGE = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "runs", "data"} & set(path.parts))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    dead = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            dead.append(link)
+    assert not dead
+
+
+def test_readme_shows_the_evidence_that_the_page_shows():
+    assert f"](results/figures/{EVIDENCE}.svg)" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch, one_thread):
+    """Its cells run in order, and its stored output says what they print but for the last digits."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "docs" / "digits.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names: dict = {}
+    for source in sources:
+        lines = [line for line in source.splitlines() if not line.startswith("%")]
+        exec(compile("\n".join(lines), "digits.ipynb", "exec"), names)
+    top = {name: names["dominant"](hessian).value for name, hessian in names["hessians"].items()}
+    assert top["AdamW"] > 2 * top["SAM"] and top["AdamW"] > 2 * top["GSAM"]
