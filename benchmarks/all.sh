@@ -5,11 +5,15 @@
 #
 # First everything is compiled, one process a model, side by side on all GPUs (nothing is timed). Then each model is
 # timed alone on a GPU, then what needs all GPUs. Every JSON is written piece by piece, and a part that fails or
-# outruns LIMIT (seconds, default 300) does not stop the next.
+# outruns LIMIT (seconds, default 300) does not stop the next. MODELS, PARTIES (of step.py) and PARTS choose: the price of
+# Table 1 is MODELS=all PARTS="warm step" PARTIES="floor ours-vanilla sam-m64 gsam-m64 gsam-m512".
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?folder for the results}; peers=${2:+--peers $2}
 models=${MODELS:-vit_b32 resnet50 vit_b16 mixer_b16 mixer_b32 vit_s16}
+if [ "$models" = all ]; then
+  models="mixer_s8 resnet152 vit_b16 mixer_b16 resnet101 vit_s16 mixer_s16 resnet50 vit_b32 mixer_b32 vit_s32 mixer_s32"
+fi
 limit=${LIMIT:-300}
 gpus=$(nvidia-smi -L | wc -l)
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z' 'a-z' | grep -o '[abh][0-9]\+' | head -1)
@@ -34,8 +38,8 @@ on_gpus() {
   wait
 }
 warm() { run "warm-$1" python3 benchmarks/step.py --models "$1" --warm --rounds 1 $peers \
-  --parties timm vanilla ours-vanilla gsam-m512 gsam-m64 juntang; }
-step() { run "step-$1" python3 benchmarks/step.py --models "$1" $peers --rounds 4 --output "$out/$name-step-$1.json"; }
+  --parties ${PARTIES:-timm vanilla ours-vanilla gsam-m512 gsam-m64 juntang}; }
+step() { run "step-$1" python3 benchmarks/step.py --models "$1" $peers ${PARTIES:+--parties $PARTIES} --rounds 4 --output "$out/$name-step-$1.json"; }
 eigen() { run "eigen-$1" python3 benchmarks/eigen_cost.py --models "$1" --rounds 2 \
   --kinds reverse-compiled reverse-compiled-tf32 --output "$out/$name-eigen-$1.json"; }
 curvature() { run "curvature-$1" python3 benchmarks/curvature.py --nets "$1" --images 128 --batch 128 --rounds 2 \
