@@ -6,7 +6,7 @@
 # First everything is compiled, one process a model, side by side on all GPUs (nothing is timed). Then each model is
 # timed alone on a GPU, then what needs all GPUs. Every JSON is written piece by piece, and a part that fails or
 # outruns LIMIT (seconds, default 300) does not stop the next. MODELS, PARTIES (of step.py) and PARTS choose: the price of
-# Table 1 is MODELS=all PARTS="warm step" PARTIES="floor ours-vanilla sam-m64 gsam-m64 gsam-m512".
+# Table 1 is MODELS=all PARTS="warm step" PARTIES="floor vanilla sam-m64 gsam-m64 gsam-m512".
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?folder for the results}; peers=${2:+--peers $2}
