@@ -12,7 +12,7 @@ $(READY): pyproject.toml install.sh
 	./install.sh $(VENV)
 	@touch $@
 
-demo: $(READY) ## train vanilla, SAM and GSAM on real digits, a run a core; print the table, draw the figure
+demo: $(READY) ## train vanilla, SAM and GSAM on real digits, a run per core; print the table, draw the figure
 	$(VENV)/bin/sam-repro run demo --per-gpu $(shell nproc)
 	$(VENV)/bin/sam-repro table demo
 	$(VENV)/bin/sam-repro figures demo

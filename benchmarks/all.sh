@@ -3,7 +3,7 @@
 #
 #   benchmarks/all.sh results/benchmarks [folder with the peers]        (IMAGES=photographs.zip adds the loaders)
 #
-# First everything is compiled, one process a model, side by side on all GPUs (nothing is timed). Then each model is
+# First everything is compiled, one process per model, side by side on all GPUs (nothing is timed). Then each model is
 # timed alone on a GPU, then what needs all GPUs. Every JSON is written piece by piece, and a part that fails or
 # outruns LIMIT (seconds, default 300) does not stop the next. MODELS, PARTIES (of step.py) and PARTS choose: the price of
 # Table 1 is MODELS=all PARTS="warm step" PARTIES="floor vanilla sam-m64 gsam-m64 gsam-m512".

@@ -1,4 +1,4 @@
-"""The dominant eigenvalue of a Hessian: our Lanczos beside other people's tools, on the same net, images and device.
+"""The dominant eigenvalue of a Hessian: our Lanczos and other people's tools, on the same net, images and device.
 
     python benchmarks/curvature.py --nets resnet18_cifar vit_s16 --output results/benchmarks/h100-curvature.json
     python benchmarks/curvature.py --nets vit_digits --device cpu
@@ -6,7 +6,7 @@
 Weights: a few steps of Adam on generated images of ten classes, so that the Hessian is not that of an initialisation.
 All parties multiply in fp32 with TF32 off and the unfused attention kernel, on the same images in the same batches, and
 get one product before their clock starts. A figure is the median over `--rounds` whole computations, each of which
-makes everything anew (graphs of gradients included; compilation, reported beside, excepted); on a CPU seconds are
+makes everything anew (graphs of gradients included; compilation, reported separately, excepted); on a CPU seconds are
 processor time, for which one thread is best (OMP_NUM_THREADS=1). Parties:
 
     reverse       ours: Lanczos with full reorthogonalisation; the graph of the gradient kept between products
@@ -209,7 +209,7 @@ def show_row(row: dict) -> str:
 
 def show(result: dict) -> str:
     """The Markdown table of a result."""
-    lines = ["| net | party | products | s | ms a product | sigma_max | residual | ours at its residual |"]
+    lines = ["| net | party | products | s | ms per product | sigma_max | residual | ours at its residual |"]
     lines += ["|---|---|--:|--:|--:|--:|--:|---|", *map(show_row, result["entries"])]
     v = result["versions"]
     names = ("python", "torch", "timm", "curvlinops-for-pytorch", "hessian-eigenthings", "scipy")

@@ -99,7 +99,7 @@ def bench_model(name: str, args: argparse.Namespace, row: dict, save: Callable[[
         row[key] = statistics.median(seconds(run, args.steps) for _ in range(args.rounds))
         row[key.replace("seconds", "setup_seconds")] = 3 * setup
         save()
-        print(f"{name} {method}: {1e3 * row[key]:.1f} ms a step ({type(run.engine).__name__})", flush=True)
+        print(f"{name} {method}: {1e3 * row[key]:.1f} ms per step ({type(run.engine).__name__})", flush=True)
         if isinstance(before, PowerIteration):
             before.every, before.iterations = 10**9, args.p  # no estimate but those asked for here
             estimates(run, before, args, row, save)

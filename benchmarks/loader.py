@@ -1,4 +1,4 @@
-"""What loaders deliver, beside each other, in one run on one machine; on a GPU also what training gets from them.
+"""What loaders deliver, compared in one run on one machine; on a GPU also what training gets from them.
 
     python benchmarks/loader.py --images photographs.zip --output results/benchmarks/<machine>-loader.json
     python benchmarks/loader.py --images photographs.zip --end-to-end gsam-m512 vanilla gsam-m64 --output ...
@@ -8,7 +8,7 @@ Every party (loader_parties.py) reads the same JPEG bytes and runs in a process 
 measured; the parties take turns for `--rounds` rounds. A figure is the median over rounds of images/s, and of images
 per second that a core was busy. Without --images the pictures are generated, which the result says.
 
---end-to-end trains ViT-B/32 with this project's own engine, batch 512, bf16, fed by each loader, beside a batch that is
+--end-to-end trains ViT-B/32 with this project's own engine, batch 512, bf16, fed by each loader, and by a batch that is
 resident on the GPU.
 """
 
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder or .zip of JPEGs of about 500 px; read as they are")
     parser.add_argument(
-        "--count", type=int, help="images an epoch, by repetition (default: 32 batches, or four a worker)"
+        "--count", type=int, help="images per epoch, by repetition (default: 32 batches, or four per worker)"
     )
     parser.add_argument("--parties", nargs="*", help=f"only these of {', '.join(PARTIES)}; none: no loader alone")
     parser.add_argument("--batch", type=int, help="default: 512 on a GPU, else 64")

@@ -263,13 +263,15 @@ def subject(entry: Result) -> tuple[str, str, int, str]:
 
 def scaling_table(results: list[Result]) -> str:
     """A table with a line of provenance per result."""
-    header = ["model", "method", "m", "GPUs", "ms a step", "without reduction", "reduction", "predicted", "images/s"]
+    header = ["model", "method", "m", "GPUs", "ms per step", "without reduction", "reduction", "predicted", "images/s"]
     header += ["efficiency", "predicted"]
     tables = []
     for r in results:
         lines = map(scaling_line, with_predictions(r["entries"]))
         how = "fp32" if "CPU" in r["hardware"] else "bf16, compiled"
-        text = f"{max(e['gpus'] for e in r['entries'])} x {r['hardware']}, {r['batch']} resident images a GPU, {how}, "
+        text = (
+            f"{max(e['gpus'] for e in r['entries'])} x {r['hardware']}, {r['batch']} resident images per GPU, {how}, "
+        )
         text += f"{versions_of(r, 'torch', 'timm')}, commit {r['commit'][:8]}, median of {r['rounds']} rounds of "
         text += f"{r['steps']} steps, the slowest rank's. Without reduction: all GPUs at work at the same time, each "
         text += f"for itself. Reduction: by itself. Predicted: a ring at {BUS / 1e9:.0f} GB/s, nothing hidden."
@@ -354,7 +356,7 @@ def load_peers(folder: Path | None) -> list[Result]:
 
 def peers_table(results: list[Result]) -> str:
     """A table with a line of provenance per result: ours compared with the peer's, by the seeds that both have."""
-    header = ["ours", "peer", "ours, %", "peer, %", "difference", "ms a step", "peer / ours", "seconds (first seed)"]
+    header = ["ours", "peer", "ours, %", "peer, %", "difference", "ms per step", "peer / ours", "seconds (first seed)"]
     tables = []
     for r in results:
         text = f"{r['hardware']}; {versions_of(r, 'python', 'torch', 'timm')}; commit {r['commit'][:8]}; "

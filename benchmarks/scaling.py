@@ -2,15 +2,15 @@
 
     python benchmarks/scaling.py --gpus 1 2 --models vit_b32 resnet50 --output results/benchmarks/<gpu>-scaling.json
 
-Every GPU gets `--batch` images, resident, so that the work a GPU is constant (weak scaling). A party is a model, a
-method and m. torchrun starts one process a GPU of the largest number; each builds and compiles a party once, and then,
+Every GPU gets `--batch` images, resident, so that the work per GPU is constant (weak scaling). A party is a model, a
+method and m. torchrun starts one process per GPU; each builds and compiles a party once, and then,
 in every round, the first N measure it for every N in turn, while the others rest:
 
     step        the whole step: gradient, reduction over the N, clip, base optimizer
     alone       the same without the reduction, the N GPUs working at the same time
     reduction   the reduction by itself
 
-as the median over rounds of the mean step; the slowest rank counts. Efficiency is images a second over N times those
+as the median over rounds of the mean step; the slowest rank counts. Efficiency is images per second over N times those
 of one GPU of the same run. The file is written after every party: what was cut off leaves the others.
 """
 
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--models", nargs="+", default=["vit_b32", "resnet50"])
     parser.add_argument("--parties", nargs="+", default=["vanilla", "sam", "gsam", "gsam-m64"], help="method[-m<M>]")
-    parser.add_argument("--batch", type=int, default=512, help="images a GPU")
+    parser.add_argument("--batch", type=int, default=512, help="images per GPU")
     parser.add_argument("--size", type=int, default=224, help="side of an image")
     parser.add_argument("--reduce", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""What a sharpness-aware step costs, beside its floor and its peers, in one run on one GPU.
+"""What a sharpness-aware step costs, compared with its floor and its peers, in one run on one GPU.
 
     python benchmarks/step.py --models vit_b32 resnet50 --output results/benchmarks/h100-step.json
     python benchmarks/step.py --device cpu --models vit_digits --size 32 --batch 64 --m 64 16     # fp32, not compiled
@@ -184,7 +184,7 @@ def profile(party: Party) -> None:
         torch.cuda.synchronize()
     kernels = sorted(trace.key_averages(), key=lambda k: -k.device_time_total)
     total = sum(k.device_time_total for k in kernels)
-    print(f"kernels: {total / 3e3:.2f} ms a step")
+    print(f"kernels: {total / 3e3:.2f} ms per step")
     for k in kernels[:32]:
         print(f"  {k.device_time_total / 3e3:7.3f} ms  {k.count // 3:5d} x  {k.key[:110]}", flush=True)
 

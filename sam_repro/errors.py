@@ -31,7 +31,7 @@ MEMORY_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Canno
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory | None:
-    """One sentence for an exception that says that memory lacked, on a GPU or beside it; None for any other."""
+    """One sentence for an exception that says that memory lacked, on a GPU or outside it; None for any other."""
     if isinstance(error, OutOfMemory):
         return error
     text = str(error)

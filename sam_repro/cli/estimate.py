@@ -1,4 +1,4 @@
-"""What a table costs: images, EFLOP, GPU-hours, days and money a row, from speeds measured on the hardware.
+"""What a table costs: images, EFLOP, GPU-hours, days and money per row, from speeds measured on the hardware.
 
   sam-repro estimate table1 --gpu h100 --gpus 8 --price 2.5
   sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained a GPU
@@ -10,7 +10,7 @@ empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice 
 x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Compiling, evaluation and
 checkpoints are not counted. GB is the memory of each GPU, with the fewest images per pass and with the fastest number
 (train.chunk); --memory 24GB shows how many a run takes on such a card.
-Finished runs stand beside their estimate: their hours, and in brackets how many they are.
+Finished runs stand next to their estimate: their hours, and in brackets how many they are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--gpu", default="h100", help="hardware whose speeds to take: h100, cpu, ... (default: h100)")
     parser.add_argument("--gpus", type=positive, default=8, metavar="N", help="GPUs at work together (default: 8)")
     parser.add_argument("--price", type=positive_number, metavar="X", help="price of a GPU-hour, in any currency")
-    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per row, instead of what the table asks for")
     parser.add_argument("--missing", action="store_true", help="count only the runs that the ledger lacks")
     parser.add_argument(
         "--tflops", type=positive_number, metavar="X", help="assume this sustained speed a GPU where none is known"

@@ -4,7 +4,7 @@
   sam-repro evaluate weights.safetensors --model tf_efficientnet_lite0 --root /data/imagenet --sets v1,real
 
 A run brings its own configuration. Other weights (.safetensors, or torch's .pt, .pth, .bin, .ckpt, .tar) are taken to
-be trained as timm says of the model (size, mean, std, interpolation, crop) unless options say otherwise. Where timm
+be trained as timm says about the model (size, mean, std, interpolation, crop) unless options say otherwise. Where timm
 and configs/model have the same name it is timm's, unless a run here has left the weights. Under torchrun or srun the
 ranks share the images.
 """
@@ -55,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--interpolation", choices=("area", "bilinear", "bicubic"), help="of that resize")
     parser.add_argument("--crop-mode", choices=("center", "squash", "border"), help="which sides become --eval-resize")
     parser.add_argument("--mean", type=float, nargs=3, help="of pixels in [0, 1]")
-    parser.add_argument("--std", type=float, nargs=3, help="likewise")
+    parser.add_argument("--std", type=float, nargs=3, help="standard deviation of normalised pixels, RGB")
     parser.add_argument("--test-size", action="store_true", help="timm's size and crop for tests, where it has others")
     parser.add_argument("--num-classes", type=int, help="outputs of the model")
     parser.add_argument("--workers", type=int, help="decoding threads; default: this machine's cores, at most 16")

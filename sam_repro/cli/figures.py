@@ -1,4 +1,4 @@
-"""Draw a table's curves, sweeps or dots as SVG and PNG, beside the paper's own values.
+"""Draw a table's curves, sweeps or dots as SVG and PNG, with the paper's own values.
 
   sam-repro figures demo                               # runs/demo/figures/demo.svg and .png
   sam-repro figures fig7 --output /tmp/figures
@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("table", help="name in results/paper/, or a path to a .yaml")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder (default: figures/ beside the ledger)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder (default: figures/ next to the ledger)")
 
 
 def run(args: Namespace) -> None:

@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "count the right answers of any weights on any test set",
     "run": "run the rows of a table that the ledger lacks, one after the other",
     "plan": "list the runs of a table, for a SLURM array",
-    "table": "ours beside the paper's numbers, with intervals and verdicts",
+    "table": "ours and the paper's numbers, with intervals and verdicts",
     "figures": "draw a table's curves",
     "estimate": "what a table costs, from measured speeds",
     "status": "runs done, at work and missing, table by table",

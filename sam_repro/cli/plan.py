@@ -1,4 +1,4 @@
-"""List the runs of tables, one a line: run id, tab, overrides.
+"""List the runs of tables, one per line: run id, tab, overrides.
 
   sam-repro plan table1                                # every run
   sam-repro plan table1 table5 --missing > plan.tsv    # what the ledger lacks; shared runs once
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="tables (names in results/paper/, or paths to .yaml), and overrides laid over every row's own",
     )
     parser.add_argument("--missing", action="store_true", help="leave out the runs that the ledger has")
-    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per row, instead of what the table asks for")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
 
 

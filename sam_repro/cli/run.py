@@ -1,4 +1,4 @@
-"""Run what the ledger lacks of tables or plans, through the code of train.py: one after the other, or several a GPU.
+"""Run what the ledger lacks of tables or plans, through the code of train.py: one after the other, or several per GPU.
 
   sam-repro run demo
   sam-repro run demo --only '*/gsam' --seeds 1 recipe.epochs=5
@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.parse_args = parser.parse_intermixed_args  # overrides may stand before, between and after the options
     what = "tables (names, or paths to .yaml), plans (.tsv), and overrides laid over every row's own (key=value)"
     parser.add_argument("words", nargs="+", metavar="table | plan.tsv | key=value", help=what)
-    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds a row, instead of what the table asks for")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per row, instead of what the table asks for")
     parser.add_argument("--limit", type=positive, metavar="N", help="start at most N runs")
     only = "rows whose id, or runs whose run id, match (* is anything); given again, both must"
     parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help=only)

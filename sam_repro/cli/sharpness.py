@@ -1,7 +1,7 @@
 """Measure the curvature of a trained run, or draw the toys; each writes a picture (SVG, PNG) and its numbers (JSON).
 
   sam-repro sharpness eigen runs/<run_id> --n 5            # extreme eigenvalues by Lanczos, with residuals
-  sam-repro sharpness gap runs/<run_id> --rho 0.05 0.1     # h, 2h/rho^2 and its first-order part, beside sigma_max
+  sam-repro sharpness gap runs/<run_id> --rho 0.05 0.1     # h, 2h/rho^2 and its first-order part, and sigma_max
   sam-repro sharpness spectrum runs/<run_id>               # density of all eigenvalues
   sam-repro sharpness slice runs/<run_id>                  # loss along one filter-normalised direction, over two
   sam-repro sharpness convergence runs/<run_id>            # the power method, product by product (Eigen-SAM's rebuttal)
@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, default=60, help="products at most; as many vectors are kept")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2], help="gap: radii")
     parser.add_argument("--width", type=float, default=1.0, help="slice: how far to go, in filter norms")
-    parser.add_argument("--points", type=int, default=21, help="slice: points a direction")
+    parser.add_argument("--points", type=int, default=21, help="slice: points per direction")
     parser.add_argument("--starts", type=int, default=3, help="convergence: random first vectors")
     parser.add_argument("--p", type=int, default=20, help="convergence: power iterations")
     parser.add_argument("--seed", type=int, default=0, help="of the images, random directions and first vectors")

@@ -23,7 +23,7 @@ def eigen(figure: Any, numbers: Numbers) -> None:
 def gap(figure: Any, numbers: Numbers) -> None:
     """2h/rho^2 and its parts over rho, and the eigenvalue."""
     rows = numbers["rows"]
-    ax = figure.add_subplot(title="What the surrogate gap says of curvature", xlabel="rho", xscale="log")
+    ax = figure.add_subplot(title="What the surrogate gap says about curvature", xlabel="rho", xscale="log")
     for key, label in (("estimate", "2h/rho^2"), ("first_order", "2|g|/rho"), ("curvature", "their difference")):
         ax.plot([row["rho"] for row in rows], [row[key] for row in rows], marker="o", label=label)
     ax.axhline(numbers["sigma_max"], linestyle="--", linewidth=1, label="sigma_max (Lanczos)")

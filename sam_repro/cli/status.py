@@ -1,6 +1,6 @@
 """Where the tables stand, and every run of those that are named: waiting, running, stopped, done, diverged, failed.
 
-sam-repro status                                     # a line a table, and the runs at work or failed
+sam-repro status                                     # a line per table, and the runs at work or failed
 sam-repro status table1                              # and every run of it, with step, loss, time left or last error
 """
 
@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Print one line a table, then one a run."""
+    """Print one line per table, then one per run."""
     parts = join_tables(args.tables, args.ledger)
     states = {r.run_id: state_of(r, part.rows.get(r.run_id)) for part in parts for r in runs_of_part(part)}
     if args.json:

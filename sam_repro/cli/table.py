@@ -1,4 +1,4 @@
-"""Ours beside the paper's numbers: mean, 95 % t-interval over seeds, difference, verdict, provenance.
+"""Ours and the paper's numbers: mean, 95 % t-interval over seeds, difference, verdict, provenance.
 
   sam-repro table demo
   sam-repro table table1 --format html --output table1.html

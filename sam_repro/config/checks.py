@@ -34,7 +34,7 @@ def validate(cfg: Config) -> None:
 
 
 def check_limits(node: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass against the limits that stand beside it. `prefix` is "data." for its data."""
+    """Check every field of a dataclass against the limits that stand next to it. `prefix` is "data." for its data."""
     for f in fields(node):
         key, value, within = prefix + f.name, getattr(node, f.name), f.metadata.get("within")
         if is_dataclass(value):

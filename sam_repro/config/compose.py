@@ -182,7 +182,7 @@ def explain(error: Exception, words: list[str], *more: Path) -> str:
         if key.startswith(("model.kwargs.", "model.tiny_kwargs.")):
             return f"{file}{key} is an argument of timm's that the model does not set yet: write +{typed_word}"
         return file + no_such_key(key, *more)
-    if error.__cause__ or file:  # what OmegaConf says of a value; the types follow it
+    if error.__cause__ or file:  # what OmegaConf says about a value; the types follow it
         text = str(error.__cause__ or text.partition("\n")[2]).split("\n")[0]
     sentence = " ".join(text.split("\n\nConfig search path")[0].split())
     missing = re.search(r"'(.*)' not found", sentence)  # of an interpolation, which does not say where it stands

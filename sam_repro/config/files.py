@@ -34,7 +34,7 @@ class OnlyHydraKnows(Exception):
 
 
 def config_dir() -> Path:
-    """The folder of YAML files: beside the package in a checkout, inside it once installed."""
+    """The folder of YAML files: next to the package in a checkout, inside it once installed."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package.parent / "configs", package / "configs"):
         if (candidate / "config.yaml").is_file():

@@ -1,4 +1,4 @@
-"""What a field's value may be and when the field is read: stated beside the field, as its metadata."""
+"""What a field's value may be and when the field is read: stated next to the field, as its metadata."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The typed schema of a run. Every field is documented here, once; the YAML files only cite where a number comes from.
 
-A field states its limits beside itself, and under which settings it is read (`limits.limited`); `checks` has only what
+A field states its limits next to itself, and under which settings it is read (`limits.limited`); `checks` has only what
 stands between fields. This package imports no torch, so that plans, tables and figures work on a laptop.
 """
 

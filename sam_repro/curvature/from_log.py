@@ -1,4 +1,4 @@
-"""What the measurements of a run say of its training: drawn from its log, without its weights."""
+"""What the measurements of a run say about its training: drawn from its log, without its weights."""
 
 from __future__ import annotations
 

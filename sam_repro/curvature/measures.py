@@ -73,9 +73,9 @@ def alignment(eps: Tensor | Sequence[Tensor] | Mapping[str, Tensor], v: Tensor) 
 
 
 def seen_in_bf16(weights: Sequence[Tensor], eps: Sequence[Tensor]) -> tuple[float, float]:
-    """What a pass in bf16 sees of a perturbation: d = bf16(w + eps) - bf16(w), beside eps.
+    """What a pass in bf16 sees of a perturbation: d = bf16(w + eps) - bf16(w), compared with eps.
 
-    A step of eps that is small beside the spacing of bf16 at w is either lost or made as large as that spacing.
+    A step of eps that is small compared with the spacing of bf16 at w is either lost or made as large as that spacing.
 
     Args:
         weights, eps: tensors in fp32 or wider, of equal shapes.

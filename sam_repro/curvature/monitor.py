@@ -1,4 +1,4 @@
-"""The sharpness of a run, measured while it trains and at its end: what its log and its ledger row say of curvature."""
+"""The sharpness of a run, measured while it trains and at its end, for its log and its ledger row."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Monitor:
             if not isinstance(error, UserError) and not no_memory(error):
                 raise
             memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch) "
-            memory += f"beside up to {MAX_PRODUCTS} vectors as large as the weights"
+            memory += f"besides up to {MAX_PRODUCTS} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
             if self.ranks.world > 1:  # the others wait for this rank in the middle of a product
                 raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 does without") from None

@@ -17,7 +17,7 @@ def digest_of_kernels(code: Path) -> str:
 def place_for_kernels(code: Path, environ: dict[str, str]) -> Path:
     """The folder of numba's cache: a new one for every version of the kernels, so that no older machine code runs.
 
-    It is in the folder that the user names, beside the code, at home, or among the temporary ones: the first that can
+    It is in the folder that the user names, next to the code, at home, or among the temporary ones: the first that can
     be written. A container's image, or another user's site-packages, has neither of the first three. Without any place
     numba refuses to import a kernel.
     """

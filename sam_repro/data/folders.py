@@ -2,7 +2,7 @@
 
 Names may have any bytes, as Python's file system encoding has them. Hidden names, and those that operating systems and
 disk stations leave behind, are neither classes nor images. Folders that are links are followed, but none is read twice
-for a class, so that a link to a folder above or beside it ends there.
+for a class, so that a link to a folder above or next to it ends there.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def classes_in(folder: Path) -> list[str]:
 
 
 def images_beside(folder: Path) -> list[str]:
-    """The image files directly in a folder, sorted: beside class folders they belong to no class."""
+    """The image files directly in a folder, sorted: next to class folders they belong to no class."""
     with _readable(folder), os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
 

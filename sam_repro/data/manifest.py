@@ -1,4 +1,4 @@
-"""The JSON beside a .beton file that says what it holds and proves that it still does."""
+"""The JSON next to a .beton file that says what it holds and proves that it still does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_manifest(
 
     Args:
         classes: names in the order of the labels.
-        files: the name of each sample, without line breaks, kept in a list beside the manifest; ReaL's labels are
+        files: the name of each sample, without line breaks, kept in a list next to the manifest; ReaL's labels are
             found by them.
         facts: added as they are (size rule, skipped files).
     """

@@ -117,7 +117,7 @@ class Heart:
                 self.store.wait([f"read/{r}" for r in range(1, self.world)], timedelta(seconds=BEAT + 1))
 
     def why(self, error: Exception) -> RankLost:
-        """What to say of a collective that failed: what a peer said before it left, else the error."""
+        """What to say about a collective that failed: what a peer said before it left, else the error."""
         self.stop()
         for _ in range(4):
             lost = self.look(in_trouble=True)

@@ -1,4 +1,4 @@
-"""The process group, from torchrun's or srun's environment; one process a GPU."""
+"""The process group, from torchrun's or srun's environment; one process per GPU."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def unprefixed(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Te
 
 
 def check_digest(path: Path) -> None:
-    """Raise UserError where the model card beside a run's weights says that they were others."""
+    """Raise UserError where the model card next to a run's weights says that they were others."""
     card = path.with_name("model_card.md")
     if path.name != "model.safetensors" or not card.is_file():
         return

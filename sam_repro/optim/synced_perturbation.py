@@ -1,4 +1,4 @@
-"""Synchronised SAM: one perturbation for the whole global batch, for comparison with one a group."""
+"""Synchronised SAM: one perturbation for the whole global batch, for comparison with one per group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SyncedStep(GradientStep):
 
         g = mean grad f_i(w),  eps = perturb(w, g, rho),  g_p = mean grad f_i(w + eps),  d = combine(g, g_p)
 
-    The groups of `m` images only bound memory and give BatchNorm its batches. Two reductions a step: g must be known
+    The groups of `m` images only bound memory and give BatchNorm its batches. Two reductions per step: g must be known
     everywhere before anybody can look at w + eps. What PyTorch ports under DDP do when they synchronise both passes
     (D-01).
     """

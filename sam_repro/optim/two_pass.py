@@ -119,7 +119,7 @@ class GradientStep:
         self.robust = self.perturb is not None  # whether the next step has a robust pass
 
         # One buffer for gradient and metrics, so that one reduction carries both; a second gradient between them where
-        # the method needs the mean of g beside the mean of d (or, decoupled, the mean of d - g beside that of g).
+        # the method needs the mean of g and the mean of d (or, decoupled, the mean of d - g and that of g).
         sizes = [-(-p.numel() // ALIGN) * ALIGN for p in self.params]
         self.keep_clean = not decoupled and self._wants_clean()
         second = sum(sizes) if decoupled or self.keep_clean else 0
@@ -201,7 +201,7 @@ class GradientStep:
             torch._foreach_add_(self.params, self.second_views, alpha=-lr)
 
     def report(self, seconds: float) -> dict[str, float]:
-        """What `pre_step` says of its costs, as a share of `seconds`; nothing for most methods."""
+        """What `pre_step` says about its costs, as a share of `seconds`; nothing for most methods."""
         return self.pre_step.report(seconds) if hasattr(self.pre_step, "report") else {}  # pyright: ignore
 
     def state_dict(self) -> dict[str, Any]:

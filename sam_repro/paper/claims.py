@@ -1,4 +1,4 @@
-"""What a study set out to see, and whether it was seen: one sentence a claim, with its certainty, from the ledger."""
+"""What a study set out to see, and whether it was seen: one sentence per claim, with its certainty, from the ledger."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ HEADER = (
     f"{'runs':>4} {'images':>10} {'GFLOP':>6} {'passes':>6} {'EFLOP':>8} {'GPU-hours':>10} {'days':>7} {'price':>8}"
 )
 HEADER += f" {'actual h':>12} {'GB':>11}"  # least to fastest
-ALL = "of which of known speed"  # the longest name under the rows
+ALL = "of these, with a known speed"  # the longest name under the rows
 
 
 def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None, memory: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables joined with the ledger: which runs a row wants, and what came out of every row."""
+"""The tables joined with the ledger: the runs that a row wants, and what came out of every row."""
 
 from __future__ import annotations
 

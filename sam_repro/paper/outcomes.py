@@ -19,7 +19,7 @@ from sam_repro.records.lock import is_held
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table beside the paper's."""
+    """One number of a table and the paper's."""
 
     column: Column
     ours: Interval | None
@@ -57,7 +57,7 @@ class Outcome:
 
     @property
     def step_ms(self) -> float | None:
-        """Median milliseconds a step, over all logged intervals of all seeds."""
+        """Median milliseconds per step, over all logged intervals of all seeds."""
         alone = [row for row in self.ledger if row.get("sharing", 1) == 1]  # several runs on a GPU slow each other
         times = [t for row in alone for t in curve(row, "step_seconds") if t is not None]
         return 1000 * statistics.median(times) if times else None

@@ -4,7 +4,7 @@
 title:    one line
 source:   where the numbers are printed
 base:     overrides that all rows share
-seeds:    how many seeds a row wants (0 ... seeds - 1)
+seeds:    seeds per row (0 ... seeds - 1)
 columns:  name: {title, value, magnitude, unit, digits}   the first one decides the order of methods. Without `value`,
           the accuracy in % on the evaluation set of that name; else a dotted path in the ledger row, or
           last.<metric>: the end of a training curve; `magnitude: true` drops its sign

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, flushed, put in place by one rename. And their SHA-256."""
+"""Files that are whole or absent: written to a neighbour, flushed, put in place by one rename. And their SHA-256."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process a run directory, also on NFS, where flock cannot be relied on.
+"""One process per run directory, also on NFS, where flock cannot be relied on.
 
 The lock is a file that appears by os.link, which is atomic on NFS too, and that its holder touches while it lives.
 Nobody compares clocks: whether a holder lives that cannot be seen from here, on another machine or in another

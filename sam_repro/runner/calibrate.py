@@ -27,7 +27,7 @@ from sam_repro.records import ledger
 from sam_repro.records.files import write_atomic
 from sam_repro.runner.worker import fresh
 
-BATCH = 256  # images a step: a multiple of m, and no more than the generated training set has
+BATCH = 256  # images per step: a multiple of m, and no more than the generated training set has
 STEPS, WARM = 13, 4  # logged one by one; the first ones compile and allocate
 CYCLE = 3  # steps, instead of k, between those that a method with a period makes dearer or cheaper
 LOADER_SECONDS = 10.0

@@ -51,7 +51,7 @@ def save(run_dir: Path, state: dict[str, Any], *, step: int, config_hash: str, s
     try:
         write_atomic(path, write)
     except (OSError, RuntimeError) as error:
-        # torch.save says of a full disk that a position is unexpected
+        # torch.save says about a full disk that a position is unexpected
         full = isinstance(error, RuntimeError) and shutil.disk_usage(run_dir).free < 2**20
         why = os.strerror(errno.ENOSPC) if full else error
         raise UserError(f"could not save {path}: {why}; the checkpoints before it are intact") from error
@@ -71,7 +71,7 @@ def seal(record: dict[str, Any]) -> str:
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """What the finished checkpoints of a run say of themselves, oldest first; a damaged record has only its path."""
+    """What the finished checkpoints of a run say about themselves, oldest first; a damaged record has only its path."""
     found = []
     for path in sorted(run_dir.glob("step-*.json")):
         weights = {"path": path.with_suffix(".pt")}

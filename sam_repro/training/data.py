@@ -75,11 +75,11 @@ def split_batch(cfg: Config, world: int) -> int:
     if rest or local % m:
         why = f"recipe.batch_size={batch} does not divide over {world} processes"
         if not rest:
-            why = f"optim.m={m} does not divide the batch of {local} images a process"
+            why = f"optim.m={m} does not divide the batch of {local} images per process"
         fitting = [str(n) for n in range(1, batch + 1) if batch % (n * m) == 0 and n <= 1024]
         raise UserError(f"{why}; numbers of processes that fit: {', '.join(fitting)}" if fitting else why)
     if cfg.augment.mixup and (cfg.optim.m == 1 or local % (cfg.optim.m or local)):
-        why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {local} images a process"
+        why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {local} images per process"
         raise UserError(f"augment.mixup mixes within groups of optim.m={cfg.optim.m} images, which {why}")
     return local
 

@@ -62,7 +62,7 @@ def plan_passes(
     """Choose the images per pass: the most that fit, and no more than make a GPU faster. A collective.
 
     Activations are measured by two small passes without torch.compile, which needs about as much. Measurements are
-    remembered beside the compiler's cache. All ranks take the smallest choice of any.
+    remembered next to the compiler's cache. All ranks take the smallest choice of any.
 
     Args:
         objective: (params | buffers, images, labels) -> mean loss, not compiled.

@@ -22,7 +22,7 @@ from sam_repro.training.run import Run, hardware
 
 @dataclass
 class Progress:
-    """How far a run is. These fields, beside the states of the job, are its checkpoint: one more needs a default."""
+    """How far a run is. These fields and the states of the job are its checkpoint: one more needs a default."""
 
     totals: Tensor  # (len(METRICS),): sums over the steps since the last line of the log, on the device
     counted: int = 0  # those steps

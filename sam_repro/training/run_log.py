@@ -69,7 +69,7 @@ class RunLog:
             self.last_words = time.monotonic()
 
     def wait(self, doing: str) -> None:
-        """Something long goes on: said beside the bar, or on a line now and then."""
+        """Something long goes on: said next to the bar, or on a line now and then."""
         if self.file is None:
             return
         if not self.lines:

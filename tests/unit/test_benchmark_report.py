@@ -97,7 +97,7 @@ def test_many_gpus_stand_beside_the_model(tmp_path: Path, capsys: pytest.Capture
     assert lines[2] == "| vit | gsam | 64 | 1 | 100.00 | – | – | – | 5,120 | – | – |"
     # N = 4: 2 x 3/4 x 329 MB / 329 GB/s = 1.5 ms; 100 / 101.5 = 98.5 %; measured 100 / 110
     assert lines[4] == "| vit | gsam | 64 | 4 | 110.00 | 100.00 | 2.00 | 1.50 | 18,618 | 90.9 % | 98.5 % |"
-    assert lines[-3].startswith("4 x NVIDIA X, 512 resident images a GPU, bf16, compiled")
+    assert lines[-3].startswith("4 x NVIDIA X, 512 resident images per GPU, bf16, compiled")
     assert "predicted" in (tmp_path / "scaling.svg").read_text()
     assert main(["speed", "--folder", str(tmp_path)]) == 2  # these are no steps
     assert "is of speed" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_odd_names_can_be_printed(src):
         command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "1 images beside the class folders are left out, such as beside" in done.stdout
+    assert "1 images next to the class folders are left out, such as beside" in done.stdout
     assert "cannot use a/" in done.stderr
 
 
@@ -222,7 +222,7 @@ def test_a_flat_validation_folder_is_not_mistaken(tmp_path):
     with pytest.raises(UserError, match="have the same number: one of them is a copy"):
         write(tmp_path / "src", layout="imagenet")
     put(val / "n01440761" / "ILSVRC2012_val_00000003.JPEG")  # a script that sorts them was stopped
-    with pytest.raises(UserError, match="has class folders and 3 images beside them"):
+    with pytest.raises(UserError, match="has class folders and 3 images next to them"):
         write(tmp_path / "src", layout="imagenet")
 
 

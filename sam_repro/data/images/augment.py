@@ -131,7 +131,7 @@ def mixup(
 
     Args:
         images: uint8 (B, 3, H, W); labels: int64 (B,).
-        m: images a group; must divide B.
+        m: images per group; must divide B.
         seed, step, rank: of the run, of the update, of this process: lambda depends on nothing else.
 
     Returns:

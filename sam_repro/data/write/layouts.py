@@ -101,7 +101,7 @@ def imagenet(src: Path, download: bool = False) -> Splits:
     val, tar = src / "val", src / "ILSVRC2012_img_val.tar"
     if val.is_dir() and classes_in(val):
         if flat := images_beside(val):  # moving them into folders was cut short
-            raise UserError(f"{val} has class folders and {len(flat):,} images beside them ({flat[0]} ...): move them")
+            raise UserError(f"{val} has class folders and {len(flat):,} images next to them ({flat[0]} ...): move them")
         result["val"] = folders_of(val)
     elif val.is_dir():
         names = images_beside(val)
@@ -121,7 +121,7 @@ def folders_of(root: Path) -> RawSplit:
     source = FolderSource(root)
     remark = ""
     if beside := images_beside(root):
-        remark = f"{len(beside):,} images beside the class folders are left out, such as {beside[0]}"
+        remark = f"{len(beside):,} images next to the class folders are left out, such as {beside[0]}"
     return of_files(source.classes, source.labels, source.root, source.files, remark)
 
 

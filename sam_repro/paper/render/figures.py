@@ -1,4 +1,4 @@
-"""Draw a table's curves, sweeps or dots, beside the paper's own values."""
+"""Draw a table's curves, sweeps or dots, with the paper's own values."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def bars_words(table: Table, seeds: int) -> str:
 
 
 def draw_curves(table: Table, found: list[Outcome]) -> Figure:
-    """One panel a metric or evaluation set, one line a row."""
+    """One panel per metric or evaluation set, one line per row."""
     panels = table.figure.get("panels", [table.columns[0].name, *list(METRICS)[:2]])
     figure, axes = panels_figure(table, found, len(panels))
     titles = {c.name: c.title for c in table.columns}
@@ -243,11 +243,11 @@ def draw_series(
     return end
 
 
-# ---- dots: methods beside each other -------------------------------------------------------------------------------
+# ---- dots: methods under each other -------------------------------------------------------------------------------
 
 
 def draw_dots(table: Table, found: list[Outcome]) -> Figure:
-    """One panel a column; a line a model with a dot a method, or a line a method where there is one model."""
+    """One panel per column; a line per model with a dot per method, or a line per method where there is one model."""
     panels = columns_of(table)
     figure, axes = panels_figure(table, found, len(panels))
     one_model = len({o.row.model for o in found}) == 1
@@ -255,7 +255,7 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in known))
     colours = colours_of({o.row.method_id: method_key(o) for o in known})
     methods = [] if one_model else list(colours)
-    beside = {
+    offsets = {
         m: 0.7 * ((i + 0.5) / len(methods) - 0.5) for i, m in enumerate(methods)
     }  # so that intervals do not overlap
     above, below = (0.7 if one_model else 1.05), 0.65  # inches: the title, the methods' names; ticks, provenance
@@ -273,7 +273,7 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
         drawn = False
         for o in known:
             y, cell = lines.index(o.row.method if one_model else o.row.model), cell_of(o, column)
-            y, colour = y + beside.get(o.row.method_id, 0), colours[o.row.method_id]
+            y, colour = y + offsets.get(o.row.method_id, 0), colours[o.row.method_id]
             if isinstance(cell.printed, (int, float)):
                 ax.plot(cell.printed, y, **PRINTED | {"markeredgecolor": colour})
                 drawn = True

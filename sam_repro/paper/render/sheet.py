@@ -34,7 +34,7 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
     for c in table.columns:
         title = f"{c.title}, {c.unit}" if c.unit else c.title
         header += [title, "paper", "difference", "verdict"] if compared[c.name] else [title]
-    header += [title for _, title in curves] + ["ms a step"] * timed
+    header += [title for _, title in curves] + ["ms per step"] * timed
     lines = []
     for o in found:
         line = [o.row.model, method_of(o.row) + "".join(f" [{w}]" for w in o.row.warnings)]
@@ -163,6 +163,6 @@ def sentences_of(p: Provenance | None) -> list[str]:
         f"{p.runs} runs, seeds {', '.join(map(str, p.seeds))}, {hours_words(p.hours)} processor hours, "
         f"{' to '.join(p.dates)}",
         f"commit {', '.join(p.commits)}; {'; '.join(p.hardware)}; {', '.join(p.versions)}",
-        "Intervals: 95 %, Student's t over seeds (their number in brackets); they hold no error of the test set. "
+        "Intervals: 95 %, Student's t over seeds (their number in brackets); they leave out the error of the test set. "
         "p: two-sided paired t-test, not corrected for the number of comparisons.",
     ]

@@ -1,4 +1,4 @@
-"""Ours beside the paper's numbers, as Markdown, LaTeX, HTML and CSV."""
+"""Ours and the paper's numbers, as Markdown, LaTeX, HTML and CSV."""
 
 from __future__ import annotations
 
