@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import tarfile
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sam_repro.data.datasets import FolderSource
-from sam_repro.data.folders import classes_in, images_beside, is_hidden, is_image
+from sam_repro.data.folders import Names, classes_in, images_beside, is_hidden, is_image
 from sam_repro.errors import UserError
 
 Splits = dict[str, "RawSplit"]
@@ -44,10 +45,11 @@ def of_files(
 
     def stamp() -> Iterable[list]:
         for name in names:
-            path = f"{root}/{name}"
-            if os.path.exists(path):  # a file that torchvision lists and nobody has: reading it will say so
-                status = os.stat(path)
-                yield [name, status.st_size, status.st_mtime_ns]
+            try:
+                status = os.stat(f"{root}/{name}")  # once: a disk of a network takes minutes for a million
+            except OSError:  # a file that torchvision lists and nobody has: reading it will say so
+                continue
+            yield [name, status.st_size, status.st_mtime_ns]
 
     def read(index: int) -> bytes:
         with open(f"{root}/{names[index]}", "rb") as file:
@@ -108,8 +110,9 @@ def imagenet(src: Path, download: bool = False) -> Splits:
         classes, labels = _validation_labels(src, names)
         result["val"] = of_files(classes, labels, val, names)
     elif tar.exists():
-        members = sorted((m.name, m.offset_data, m.size) for m in _members(tar))
-        classes, labels = _validation_labels(src, [name for name, _, _ in members])
+        members = Members()
+        members.extend(sorted((m.name, m.offset_data, m.size) for m in _members(tar)))
+        classes, labels = _validation_labels(src, members.names)
         result["val"] = _of_tar(tar, classes, labels, members)
     if not result:
         raise UserError(f"{src} has neither train/, val/ nor the tar files of ILSVRC2012")
@@ -127,7 +130,7 @@ def folders_of(root: Path) -> RawSplit:
 
 def train_tar(path: Path) -> RawSplit:
     """The tar of 1,000 tars of ILSVRC2012's training images, in the order of the unpacked class folders."""
-    members, labels, classes = [], [], []
+    members, labels, classes = Members(), array("q"), []
     for outer in sorted(_members(path, (".tar",)), key=lambda m: m.name):
         classes.append(Path(outer.name).stem)
         with open(path, "rb") as file:
@@ -139,8 +142,8 @@ def train_tar(path: Path) -> RawSplit:
                 raise UserError(f"{path} is damaged: {outer.name}: {error}") from None
         if not own:
             raise UserError(f"{path} is damaged: {outer.name} has no images")
-        members += [(f"{classes[-1]}/{name}", at, size) for name, at, size in own]
-        labels += [len(classes) - 1] * len(own)
+        members.extend((f"{classes[-1]}/{name}", at, size) for name, at, size in own)
+        labels.extend([len(classes) - 1] * len(own))
     if len(set(classes)) < len(classes):
         raise UserError(f"{path} is damaged: it has a class twice")
     return _of_tar(path, classes, labels, members)
@@ -156,15 +159,28 @@ def _members(path: Path, suffixes: tuple[str, ...] = (".jpeg", ".jpg")) -> list[
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _of_tar(path: Path, classes: list[str], labels: list[int], members: list[tuple[str, int, int]]) -> RawSplit:
-    """(name, offset, bytes) within an uncompressed archive, read in place."""
+class Members:
+    """Where files lie in an archive: as tuples in a list, those of ImageNet would take four times the memory."""
+
+    def __init__(self) -> None:
+        self.names, self.starts, self.sizes = Names(), array("q"), array("q")
+
+    def extend(self, members: Iterable[tuple[str, int, int]]) -> None:
+        """Append (name, offset, bytes) of files."""
+        columns = self.names, self.starts, self.sizes
+        for column, values in zip(columns, zip(*members, strict=True), strict=False):  # none where there are no files
+            column.extend(values)
+
+
+def _of_tar(path: Path, classes: list[str], labels: Sequence[int], members: Members) -> RawSplit:
+    """Files within an uncompressed archive, read in place."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # until the process ends: there is one of it per command
     stat = os.fstat(descriptor)
     return RawSplit(
         classes,
         np.array(labels, np.int64),
-        [name for name, _, _ in members],
-        lambda i: os.pread(descriptor, members[i][2], members[i][1]),
+        members.names,
+        lambda i: os.pread(descriptor, members.sizes[i], members.starts[i]),
         lambda: [str(path.name), stat.st_size, stat.st_mtime_ns],
     )
 
@@ -205,7 +221,7 @@ def _devkit(path: Path) -> list[str]:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _validation_labels(src: Path, names: list[str]) -> tuple[list[str], list[int]]:
+def _validation_labels(src: Path, names: Sequence[str]) -> tuple[list[str], list[int]]:
     known = validation_synsets(src)
     classes = sorted(set(known.values()))
     place = {synset: i for i, synset in enumerate(classes)}
