@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.errors import UserError
-from sam_repro.records.log import read_log
+from sam_repro.records.log import stream_log
 
 
 def measurements(run: Path, *keys: str) -> list[dict[str, Any]]:
@@ -17,13 +17,13 @@ def measurements(run: Path, *keys: str) -> list[dict[str, Any]]:
     Raises:
         UserError: where there are fewer than two.
     """
-    records = ({"step": r["step"]} | r["sharpness"] for r in read_log(run / "log.jsonl") if "sharpness" in r)
-    found = [record for record in records if all(is_whole(key, record.get(key)) for key in keys)]
-    if len(found) < 2:
+    records = ({"step": r["step"]} | r["sharpness"] for _, r in stream_log(run / "log.jsonl") if "sharpness" in r)
+    whole = [record for record in records if all(is_whole(key, record.get(key)) for key in keys)]
+    if len(whole) < 2:
         raise UserError(
-            f"{run} has {len(found)} measurements over training, and this needs two: train with sharpness.every=100"
+            f"{run} has {len(whole)} measurements over training, and this needs two: train with sharpness.every=100"
         )
-    return found
+    return whole
 
 
 def is_whole(key: str, value: Any) -> bool:
@@ -34,10 +34,10 @@ def is_whole(key: str, value: Any) -> bool:
     return all(isinstance(row, list) and [isinstance(x, (int, float)) for x in row] == [True] * 3 for row in rows)
 
 
-def decay_by_age(found: list[dict[str, Any]]) -> dict[int, dict[str, list[float]]]:
+def decay_by_age(records: list[dict[str, Any]]) -> dict[int, dict[str, list[float]]]:
     """{age in steps: {"step", "cosine", "quality"}}: what was left of eigenvectors of that age, over training."""
     ages: dict[int, dict[str, list[float]]] = {}
-    for record in found:
+    for record in records:
         for age, cosine, quality in record["decay"]:
             entry = ages.setdefault(int(age), {"step": [], "cosine": [], "quality": []})
             entry["step"].append(record["step"])

@@ -76,19 +76,19 @@ class Heart:
             self.store.set(f"beat/{self.rank}", json.dumps(self.me))
             for rank in range(self.world if self.rank == 0 or stuck or in_trouble else 1):
                 if rank != self.rank and self.store.check([f"beat/{rank}"]):
-                    said = json.loads(self.store.get(f"beat/{rank}"))
-                    if said["beat"] != self.peers.get(rank, {}).get("beat"):
+                    beat = json.loads(self.store.get(f"beat/{rank}"))
+                    if beat["beat"] != self.peers.get(rank, {}).get("beat"):
                         self.heard[rank] = now
-                    self.peers[rank] = said
+                    self.peers[rank] = beat
         except (RuntimeError, ValueError) as error:
             return RankLost(f"the ranks' store, kept by rank 0 or torchrun, is gone ({first_line(error)})")
-        for rank, said in self.peers.items():
-            if "last" in said:
+        for rank, beat in self.peers.items():
+            if "last" in beat:
                 with contextlib.suppress(RuntimeError):
                     self.store.set(f"read/{self.rank}", "")
-                return RankLost(f"{self.name(rank)} gave up: {said['last']}", said["code"])
+                return RankLost(f"{self.name(rank)} gave up: {beat['last']}", beat["code"])
             if now - self.heard[rank] > SILENT:
-                where = f"for {SILENT:.0f} s, after step {said['step']}"
+                where = f"for {SILENT:.0f} s, after step {beat['step']}"
                 return RankLost(f"{self.name(rank)} has given no sign of life {where}")
         if stuck:
             return RankLost(f"no progress for {now - self.moved:.0f} s at step {self.me['step']}: {self.culprits()}")
@@ -97,8 +97,8 @@ class Heart:
     def culprits(self) -> str:
         """Who holds the others up: those with the fewest steps, and of these the ones that wait for nobody."""
         everyone = self.peers | {self.rank: self.me}
-        behind = min((said["step"], said["waits"]) for said in everyone.values())
-        late = [rank for rank, said in sorted(everyone.items()) if (said["step"], said["waits"]) == behind]
+        behind = min((beat["step"], beat["waits"]) for beat in everyone.values())
+        late = [rank for rank, beat in sorted(everyone.items()) if (beat["step"], beat["waits"]) == behind]
         if len(late) == self.world:
             return "all ranks are equally far, so the network or a device hangs"
         return f"the others wait for {', '.join(map(self.name, late))}"

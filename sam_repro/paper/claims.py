@@ -37,18 +37,18 @@ class Judgement:
         return f"**{self.word}**: {self.text}. {self.why}".rstrip()
 
 
-def judged(table: Table, found: list[Outcome]) -> list[Judgement]:
+def judged(table: Table, outcomes: list[Outcome]) -> list[Judgement]:
     """A judgement for every claim of a table."""
-    by_id = {o.row.id: o for o in found}
+    by_id = {o.row.id: o for o in outcomes}
     columns = {c.name: c for c in table.columns}
     lines = []
     for claim in table.claims:
         column = columns[claim.column]
         if claim.follows:
-            used = found
+            used = outcomes
             word, why, p = association(used, column, columns[claim.follows])
         elif claim.falls_with:
-            used = [o for o in found if claim.falls_with in o.row.point]
+            used = [o for o in outcomes if claim.falls_with in o.row.point]
             word, why, p = trend(used, claim.falls_with, column)
         else:
             used = [by_id[claim.better], by_id[claim.than]]
@@ -62,7 +62,7 @@ def judged(table: Table, found: list[Outcome]) -> list[Judgement]:
 
 def surviving(ps: Sequence[float]) -> int:
     """How many of these p-values stay below LEVEL after Holm's correction for their number."""
-    return sum(1 for _ in takewhile(lambda found: found[1] <= LEVEL / (len(ps) - found[0]), enumerate(sorted(ps))))
+    return sum(1 for _ in takewhile(lambda ranked: ranked[1] <= LEVEL / (len(ps) - ranked[0]), enumerate(sorted(ps))))
 
 
 def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> tuple[str, str, float | None]:
@@ -110,9 +110,9 @@ def sampling(one: Outcome, other: Outcome, column: Column) -> tuple[int, float]:
     return images, 196 * math.sqrt(sum(p * (1 - p) for p in shares) / images)
 
 
-def association(found: list[Outcome], one: Column, other: Column) -> tuple[str, str, float | None]:
+def association(outcomes: list[Outcome], one: Column, other: Column) -> tuple[str, str, float | None]:
     """(word, evidence, p) on the claim that two columns order the rows alike: Spearman's rank correlation."""
-    pairs = [(mean(o, one), mean(o, other)) for o in found]
+    pairs = [(mean(o, one), mean(o, other)) for o in outcomes]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(known) < 3:
         return "not run", "", None
@@ -137,11 +137,11 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
 
 def mean(o: Outcome, column: Column) -> float | None:
     """Mean over seeds, of magnitudes the geometric one; None without any."""
-    found = summary(list(o.by_seed(column).values()), column)
-    return found.mean if found else None
+    interval = summary(list(o.by_seed(column).values()), column)
+    return interval.mean if interval else None
 
 
-def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str, float | None]:
+def trend(outcomes: list[Outcome], key: str, column: Column) -> tuple[str, str, float | None]:
     """(word, evidence, p) on the claim that a column falls with a key of the grid, all other keys being equal.
 
     Counts pairs of points that fall. p is exact: how often independent random orders within each group of points would
@@ -149,7 +149,7 @@ def trend(found: list[Outcome], key: str, column: Column) -> tuple[str, str, flo
     whichever tail is asked.
     """
     groups: dict[tuple, list[tuple[float, float]]] = {}
-    for o in found:
+    for o in outcomes:
         value = mean(o, column)
         if value is not None:
             others = tuple(sorted((k, v) for k, v in o.row.point.items() if k != key))

@@ -104,11 +104,13 @@ def memory_cells(o: Outcome, passes: list[Entry], gpus: int, card: float | None)
 
     Given the bytes of a `card`, also the images per pass that a run on it would take.
     """
-    found = [f for r in o.runs if (f := footprint(r.config, passes, gpus)) is not None]
-    gigabytes = f"{min(f.least for f in found):.1f}–{max(f.fastest for f in found):.1f}" if found else "–"
+    footprints = [f for r in o.runs if (f := footprint(r.config, passes, gpus)) is not None]
+    gigabytes = (
+        f"{min(f.least for f in footprints):.1f}–{max(f.fastest for f in footprints):.1f}" if footprints else "–"
+    )
     if card is None:
         return f"{gigabytes:>11}"
-    images = min(f.chosen(card) for f in found) if found else None
+    images = min(f.chosen(card) for f in footprints) if footprints else None
     return f"{gigabytes:>11} {'–' if images is None else images or 'no':>8}"
 
 
@@ -144,9 +146,9 @@ def summary(costs: list[Cost], width: int, gpus: int, price: float | None) -> st
     return "\n".join(lines)
 
 
-def row_costs(table: Table, found: list[Outcome], entries: list[Entry]) -> dict[str, Cost]:
+def row_costs(table: Table, outcomes: list[Outcome], entries: list[Entry]) -> dict[str, Cost]:
     """{row id: cost of all its runs}, for the report."""
-    return {o.row.id: add(cost_of(r, entries) for r in o.runs) for o in found if o.runs}
+    return {o.row.id: add(cost_of(r, entries) for r in o.runs) for o in outcomes if o.runs}
 
 
 def estimated_and_actual(table: Table, outcomes: Iterable[Outcome]) -> list[list[object]]:

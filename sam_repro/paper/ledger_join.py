@@ -43,11 +43,11 @@ def runs_of(
     starts: list[Run] | list[None] = [None] * (row.seeds if seeds is None else seeds)
     if row.after:
         starts = start_runs(row.after, len(starts), extra)
-    found = []
+    runs_of_points = []
     for seed, start in enumerate(starts):
         point = row.point | ({"init": f"{start.config.log.runs_dir}/{start.run_id}"} if start else {})
-        found.append(make_run((*overrides, *words_of(point)), seed, start))
-    return found
+        runs_of_points.append(make_run((*overrides, *words_of(point)), seed, start))
+    return runs_of_points
 
 
 def winning_point(tuned: str, extra: tuple[str, ...], ledger: Path | None) -> dict[str, Any] | None:
@@ -57,10 +57,10 @@ def winning_point(tuned: str, extra: tuple[str, ...], ledger: Path | None) -> di
     rows = [row for row in table.rows if row.point and row.id.rpartition("/")[0] == sweep]
     if not rows or not table.select:
         raise UserError(f"tuned: {tuned}: table {name} has no `select`, or no sweep '{sweep}'")
-    found = [join_row(table, row, ledger, seeds=None, extra=extra) for row in rows]
-    if any(len(o.ledger) < len(o.runs) for o in found):
+    outcomes = [join_row(table, row, ledger, seeds=None, extra=extra) for row in rows]
+    if any(len(o.ledger) < len(o.runs) for o in outcomes):
         return None
-    best = winners(table, found)
+    best = winners(table, outcomes)
     return best[0].outcome.row.point if best else None
 
 
@@ -110,11 +110,11 @@ def join_row(
     """What came out of one row; `extra`: overrides laid over the row's."""
     runs = runs_of(table, row, seeds=seeds, extra=extra, ledger=ledger_dir)
     paths = [row_path(ledger_dir or r.config.log.ledger_dir, r.run_id) for r in runs]
-    found = [read_row(path) for path in paths if path.exists()]
-    state = "pending" if row.tuned and not runs else state_of(runs, found)
+    rows = [read_row(path) for path in paths if path.exists()]
+    state = "pending" if row.tuned and not runs else state_of(runs, rows)
     cells = []
     for column in table.columns:
-        values = [value_of(r, column) for r in found if r["status"] == "done"]
+        values = [value_of(r, column) for r in rows if r["status"] == "done"]
         values += [computed(row, column)] if row.overrides is None else []
         values = [v for v in values if v is not None]
         ours, printed = summary(values, column), row.printed.get(column.name)
@@ -123,10 +123,10 @@ def join_row(
             word = "as printed" if is_as_printed(ours.mean, printed) else "differs"
         if word == "pending" and state != "done":
             word = state
-        if any(r["status"] == "diverged" for r in found):
+        if any(r["status"] == "diverged" for r in rows):
             word = "diverged"
         cells.append(Cell(column, ours, printed, word))
-    return Outcome(row, tuple(runs), tuple(found), state, tuple(cells))
+    return Outcome(row, tuple(runs), tuple(rows), state, tuple(cells))
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,15 @@ def forward_gflop(model: str, image_size: int) -> float | None:
 
 def stored(folder: Path | None = None, key: str = "entries") -> list[tuple[Path, dict[str, Any]]]:
     """The measurements that have `key`, by file name. Raises UserError for a file that is not JSON."""
-    found = []
+    reports = []
     for path in sorted((folder or benchmarks_dir()).glob("*.json")):
         try:
             tree = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not JSON: {error}") from None
         if isinstance(tree, dict) and tree.get(key):
-            found.append((path, tree))
-    return found
+            reports.append((path, tree))
+    return reports
 
 
 def load_rates(gpu: str, folder: Path | None = None) -> list[Entry]:

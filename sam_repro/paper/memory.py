@@ -36,8 +36,10 @@ class Footprint:
 
 def load_passes(gpu: str, folder: Path | None = None) -> list[Entry]:
     """Stored trial passes, those measured on hardware that is named `gpu` first: activations are alike on all GPUs."""
-    found = [(tree, entry) for _, tree in stored(folder) for entry in tree["entries"] if entry.get("kind") == "passes"]
-    return [entry for tree, entry in sorted(found, key=lambda pair: not is_named(pair[0].get("hardware", ""), gpu))]
+    entries = [
+        (tree, entry) for _, tree in stored(folder) for entry in tree["entries"] if entry.get("kind") == "passes"
+    ]
+    return [entry for tree, entry in sorted(entries, key=lambda pair: not is_named(pair[0].get("hardware", ""), gpu))]
 
 
 def footprint(cfg: Config, entries: list[Entry], gpus: int = 1) -> Footprint | None:

@@ -63,17 +63,17 @@ class Outcome:
         return 1000 * statistics.median(times) if times else None
 
 
-def state_of(runs: list[Run], found: list[Row]) -> str:
+def state_of(runs: list[Run], rows: list[Row]) -> str:
     """One word on the runs of a row."""
     if not runs:
         return "nothing to run"
-    if any(row["status"] == "diverged" for row in found):
+    if any(row["status"] == "diverged" for row in rows):
         return "diverged"
-    if len(found) == len(runs):
+    if len(rows) == len(runs):
         return "done"
     if any(is_running(r) for r in runs):
         return "running"
-    return "partial" if found else "pending"
+    return "partial" if rows else "pending"
 
 
 def is_running(r: Run) -> bool:
@@ -152,10 +152,10 @@ class Order:
     comparison: Comparison | None
 
 
-def order_of_methods(table: Table, found: list[Outcome]) -> list[Order]:
+def order_of_methods(table: Table, outcomes: list[Outcome]) -> list[Order]:
     """Every neighbouring pair of `table.order`, model by model, on the first column, paired by seed."""
-    by_id = {o.row.id: o for o in found}
-    models = list(dict.fromkeys(o.row.id.split("/")[0] for o in found))
+    by_id = {o.row.id: o for o in outcomes}
+    models = list(dict.fromkeys(o.row.id.split("/")[0] for o in outcomes))
     pairs = []
     for model in models:
         named = [by_id[f"{model}/{method}"] for method in table.order if f"{model}/{method}" in by_id]
@@ -175,7 +175,7 @@ class Winner:
     points: int
 
 
-def winners(table: Table, found: list[Outcome]) -> list[Winner]:
+def winners(table: Table, outcomes: list[Outcome]) -> list[Winner]:
     """The winner of every sweep, <model>/<method>, on `table.select`; the test set has no say.
 
     A point of which any seed diverged cannot win by the seeds that did not.
@@ -184,7 +184,7 @@ def winners(table: Table, found: list[Outcome]) -> list[Winner]:
         return []
     chooser = Column(table.select, table.select)
     sweeps: dict[str, list[Outcome]] = {}
-    for o in found:
+    for o in outcomes:
         if o.row.point:
             sweeps.setdefault("/".join(o.row.id.split("/")[:-1]), []).append(o)
     best = []
@@ -210,9 +210,9 @@ class Provenance:
     hours: float
 
 
-def provenance_of(found: Iterable[Outcome]) -> Provenance | None:
+def provenance_of(outcomes: Iterable[Outcome]) -> Provenance | None:
     """The provenance of all ledger rows of a table, or None without any."""
-    rows = list({row["run_id"]: row for o in found for row in o.ledger}.values())
+    rows = list({row["run_id"]: row for o in outcomes for row in o.ledger}.values())
     if not rows:
         return None
     named = ("torch", "timm", "ffcv")

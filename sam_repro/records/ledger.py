@@ -57,10 +57,10 @@ def provenance() -> Row:
 
     SAM_REPRO_COMMIT names the commit of a tree that was copied without its history, as into a container.
     """
-    told = os.environ.get("SAM_REPRO_COMMIT")
+    given = os.environ.get("SAM_REPRO_COMMIT")
     return {
-        "commit": told or git("rev-parse", "HEAD") or "unknown",
-        "dirty": not told and bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": given or git("rev-parse", "HEAD") or "unknown",
+        "dirty": not given and bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES if version(p)},
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

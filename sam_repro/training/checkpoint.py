@@ -72,7 +72,7 @@ def seal(record: dict[str, Any]) -> str:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """What the finished checkpoints of a run say about themselves, oldest first; a damaged record has only its path."""
-    found = []
+    checkpoints = []
     for path in sorted(run_dir.glob("step-*.json")):
         weights = {"path": path.with_suffix(".pt")}
         try:
@@ -80,8 +80,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
             whole = record["seal"] == seal(record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
-        found.append(record | weights if whole else weights)
-    return found
+        checkpoints.append(record | weights if whole else weights)
+    return checkpoints
 
 
 def prune(run_dir: Path, step: int) -> None:

@@ -138,12 +138,12 @@ def measure(cfg: Config, run: Run, data: Data, job: Job, progress: Progress, *, 
     def after(products: int) -> None:
         pause(run, data, progress, f"{products} products with the Hessian")
 
-    found = job.monitor(progress.step, rho, final=final, after=after if final else None)
-    if "problem" in found:
-        run.log.say(found["problem"])
+    measured = job.monitor(progress.step, rho, final=final, after=after if final else None)
+    if "problem" in measured:
+        run.log.say(measured["problem"])
     else:
-        run.log.record({"step": progress.step, "sharpness": found})
-    return found
+        run.log.record({"step": progress.step, "sharpness": measured})
+    return measured
 
 
 def evaluate_end(cfg: Config, run: Run, data: Data, job: Job, progress: Progress) -> dict[str, Any]:

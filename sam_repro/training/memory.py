@@ -75,27 +75,27 @@ def plan_passes(
     """
     device, budget = ranks.device, budget_of(cfg, ranks)
     key = key_of(cfg, device, m)
-    found = recall(key)
+    measured = recall(key)
     wanted = cfg.train.chunk or {"loop": m, "batched": batch}.get(cfg.optim.groups, 0)
     if wanted:
         if buffers and wanted < m:
             raise UserError(f"train.chunk={wanted} is less than optim.m={m}, whose images BatchNorm sees in one pass")
-        return Plan(min(wanted, batch), m, budget, None, key, found.get("peaks", {}))
-    if "per_image" not in found:
+        return Plan(min(wanted, batch), m, budget, None, key, measured.get("peaks", {}))
+    if "per_image" not in measured:
         fixed, per_image = measure(cfg, objective, params, buffers, device)
-        found |= {"transient": fixed, "per_image": per_image}
-        remember(key, found)
+        measured |= {"transient": fixed, "per_image": per_image}
+        remember(key, measured)
     size = 4.0 * sum(p.numel() for p in params.values())  # one fp32 copy of the weights
     now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0.0
     images = batch_bytes(cfg.recipe.batch_size / ranks.world, cfg.data.image_size)
     needs = Needs(
-        fixed=now + images + found["transient"] + size * copies(cfg.optim),
-        per_image=found["per_image"],
+        fixed=now + images + measured["transient"] + size * copies(cfg.optim),
+        per_image=measured["per_image"],
         per_group=3 * size * itemsize / 4 if cfg.optim.perturb != "none" else size * itemsize / 4,
         sums=size * (1 if cfg.optim.perturb == "none" else 2),
         m=m,
     )
-    peaks = found.get("peaks", {})
+    peaks = measured.get("peaks", {})
     sizes = list(choices(batch, m, at_once=at_once, divisible=not buffers))
     fits = [n for n in needs.fitting(sizes, budget) if peaks.get(str(n), 0.0) < budget]
     chosen = -int(ranks.max(-(fits or sizes[-1:])[0]))
@@ -156,7 +156,7 @@ def cgroup_limits(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[tuple[float, float]]:
     """(limit, bytes in use that cannot be given back) of this process's control groups and of those above them."""
-    found = []
+    limits = []
     with contextlib.suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -169,8 +169,8 @@ def cgroup_limits(
                     group = root / top / folder
                     most, now = (float((group / name).read_text()) for name in (limit, used))
                     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                    found.append((most, now - float(stat.get("inactive_file", 0))))
-    return [(most, now) for most, now in found if most < 2**60]
+                    limits.append((most, now - float(stat.get("inactive_file", 0))))
+    return [(most, now) for most, now in limits if most < 2**60]
 
 
 # ---- what passes need ------------------------------------------------------------------------------------------------
@@ -258,14 +258,17 @@ def memory_file() -> Path:
 def recall(key: str) -> dict[str, Any]:
     """The measurements under this key; none where there is no file that can be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        found = json.loads(memory_file().read_text()).get(key, {})
-        numbers = [*found.get("peaks", {}).values(), *(found[k] for k in ("transient", "per_image") if k in found)]
+        measured = json.loads(memory_file().read_text()).get(key, {})
+        numbers = [
+            *measured.get("peaks", {}).values(),
+            *(measured[k] for k in ("transient", "per_image") if k in measured),
+        ]
         if all(isinstance(x, int | float) and x >= 0 for x in numbers):
-            return found
+            return measured
     return {}
 
 
-def remember(key: str, found: dict[str, Any]) -> None:
+def remember(key: str, measured: dict[str, Any]) -> None:
     """Keep measurements for the next start; where nothing can be written, do without."""
     with contextlib.suppress(OSError):
         path = memory_file()
@@ -273,7 +276,9 @@ def remember(key: str, found: dict[str, Any]) -> None:
             everything = json.loads(path.read_text())
         except (OSError, ValueError):
             everything = {}
-        write_atomic(path, json.dumps({**(everything if isinstance(everything, dict) else {}), key: found}, indent=1))
+        write_atomic(
+            path, json.dumps({**(everything if isinstance(everything, dict) else {}), key: measured}, indent=1)
+        )
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
@@ -294,11 +299,11 @@ def memory_sentence(step: GradientStep, device: torch.device) -> str:
     how = how if images >= m else f"a part of a group of {m}"
     peak = peak_bytes(device)
     if device.type == "cuda":
-        found = recall(plan.key)
-        peaks = found.get("peaks", {}) | {str(images): peak}
+        measured = recall(plan.key)
+        peaks = measured.get("peaks", {}) | {str(images): peak}
         if images < plan.images:
             peaks[str(plan.images)] = plan.budget  # which was too little
-        remember(plan.key, found | {"peaks": peaks})
+        remember(plan.key, measured | {"peaks": peaks})
     expected = f", expected about {plan.expected / GB:.1f}" if plan.expected else ""
     return (
         f"passes of {images} images ({how}); memory at its peak {peak / GB:.1f} GB{expected}, "

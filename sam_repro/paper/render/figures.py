@@ -44,16 +44,16 @@ def has_number(o: Outcome) -> bool:
     return any(isinstance(value, (int, float)) for value in o.row.printed.values())
 
 
-def draw(table: Table, found: list[Outcome]) -> Figure:
+def draw(table: Table, outcomes: list[Outcome]) -> Figure:
     """The figure of a table."""
     import matplotlib
 
     matplotlib.use("agg")
     with matplotlib.rc_context(RC):
-        return DRAW[table.figure.get("kind", "dots")](table, found)
+        return DRAW[table.figure.get("kind", "dots")](table, outcomes)
 
 
-def draw_surface(table: Table, found: list[Outcome]) -> Figure:
+def draw_surface(table: Table, outcomes: list[Outcome]) -> Figure:
     """GSAM's Fig. 3, computed on the spot: nothing is trained."""
     import matplotlib.pyplot as plt
 
@@ -68,7 +68,7 @@ def draw_surface(table: Table, found: list[Outcome]) -> Figure:
     return figure
 
 
-def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, list[Axes]]:
+def panels_figure(table: Table, outcomes: list[Outcome], n: int) -> tuple[Figure, list[Axes]]:
     """An empty figure of n panels with title and provenance."""
     import matplotlib.pyplot as plt
 
@@ -78,13 +78,13 @@ def panels_figure(table: Table, found: list[Outcome], n: int) -> tuple[Figure, l
     left = axes[0][0].get_position().x0
     size = min(13, 130 * (0.95 - left) * inches / len(table.title))  # a long title in smaller letters, not a wider page
     figure.text(left, 0.99, table.title, fontsize=size, fontweight="bold", va="top")
-    p = provenance_of(found)
-    said = [bars_words(table, len(p.seeds)) if p else "no run yet"] + ["◇ the paper's value"] * any(
-        map(has_number, found)
+    p = provenance_of(outcomes)
+    legend = [bars_words(table, len(p.seeds)) if p else "no run yet"] + ["◇ the paper's value"] * any(
+        map(has_number, outcomes)
     )
     where = [*p.hardware, f"commit {', '.join(p.commits)}"] if p else []
-    said = "\n".join([" · ".join(said), " · ".join(where)])
-    figure.text(left, 0.04, said, fontsize=8, color=SOFT, va="top", linespacing=1.5)
+    legend = "\n".join([" · ".join(legend), " · ".join(where)])
+    figure.text(left, 0.04, legend, fontsize=8, color=SOFT, va="top", linespacing=1.5)
     plt.close(figure)
     return figure, list(axes[0])
 
@@ -96,20 +96,20 @@ def bars_words(table: Table, seeds: int) -> str:
     if table.figure.get("kind") == "curves":
         return f"line and band: mean and 95 % interval over {seeds} seeds"
     magnitudes = [c.magnitude for c in columns_of(table)]
-    said = ["mean and 95 % interval"] * (not all(magnitudes))
-    said += [("on logarithmic axes " if said else "") + "geometric mean and range"] * any(magnitudes)
-    return f"dots and bars, over {seeds} seeds: {', '.join(said)}"
+    legend = ["mean and 95 % interval"] * (not all(magnitudes))
+    legend += [("on logarithmic axes " if legend else "") + "geometric mean and range"] * any(magnitudes)
+    return f"dots and bars, over {seeds} seeds: {', '.join(legend)}"
 
 
 # ---- curves over training steps ------------------------------------------------------------------------------------
 
 
-def draw_curves(table: Table, found: list[Outcome]) -> Figure:
+def draw_curves(table: Table, outcomes: list[Outcome]) -> Figure:
     """One panel per metric or evaluation set, one line per row."""
     panels = table.figure.get("panels", [table.columns[0].name, *list(METRICS)[:2]])
-    figure, axes = panels_figure(table, found, len(panels))
+    figure, axes = panels_figure(table, outcomes, len(panels))
     titles = {c.name: c.title for c in table.columns}
-    colours = colours_of({name_of(o): method_key(o) for o in found})
+    colours = colours_of({name_of(o): method_key(o) for o in outcomes})
     for ax, panel in zip(axes, panels, strict=True):
         if panel not in titles and panel not in METRICS:
             raise UserError(f"table {table.name}: '{panel}' is neither a column nor one of {', '.join(METRICS)}")
@@ -118,7 +118,7 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
         ax.text(0, 1.03, what, transform=ax.transAxes, color=SOFT, fontsize=9)
         ax.set_xlabel("training step")
         ends, lows, highs = [], [], []
-        for o in found:
+        for o in outcomes:
             if panel in METRICS and panel != "loss" and o.row.method_id == "vanilla":
                 continue  # without a perturbation there is no gap and no angle
             points = band([line_of(row, panel) for row in o.ledger if row["status"] == "done"])
@@ -136,7 +136,7 @@ def draw_curves(table: Table, found: list[Outcome]) -> Figure:
             room = 0.08 * (max(highs) - min(lows) or 1)
             ax.set_ylim(min(lows) - room, max(highs) + room)
             ax.set_xlim(left=0, right=max(end[0] for end in ends))
-        empty_or_labels(ax, ends, found)
+        empty_or_labels(ax, ends, outcomes)
     return figure
 
 
@@ -176,17 +176,17 @@ def name_of(o: Outcome) -> str:
 # ---- sweeps: a value against a hyper-parameter ---------------------------------------------------------------------
 
 
-def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
+def draw_sweep(table: Table, outcomes: list[Outcome]) -> Figure:
     """One panel per column, and per model where the table asks for `by_model`; one line per series."""
-    models = list(dict.fromkeys(o.row.model for o in found)) if table.figure.get("by_model") else [""]
+    models = list(dict.fromkeys(o.row.model for o in outcomes)) if table.figure.get("by_model") else [""]
     panels = [(column, model) for column in columns_of(table) for model in models]
-    figure, axes = panels_figure(table, found, len(panels))
-    keys = {o.row.series: method_key(o) for o in found}
+    figure, axes = panels_figure(table, outcomes, len(panels))
+    keys = {o.row.series: method_key(o) for o in outcomes}
     colours = colours_of(keys)
     dashes = {name: DASHES[sorted(n for n in keys if keys[n] == keys[name]).index(name) % 4] for name in keys}
     crowded = len(panels) > 1 and max(map(len, keys)) > 12
     for ax, (column, model) in zip(axes, panels, strict=True):
-        shown = [o for o in found if model in ("", o.row.model)]
+        shown = [o for o in outcomes if model in ("", o.row.model)]
         ax.set_title(f"{model}: {title_of(column)}" if model else title_of(column))
         sweep_axes(ax, table, column, shown)
         ends, right = [], max((o.row.x for o in shown if o.row.x is not None), default=1.0)
@@ -203,14 +203,14 @@ def draw_sweep(table: Table, found: list[Outcome]) -> Figure:
     return figure
 
 
-def sweep_axes(ax: Axes, table: Table, column: Column, found: list[Outcome]) -> None:
+def sweep_axes(ax: Axes, table: Table, column: Column, outcomes: list[Outcome]) -> None:
     """Scales, ticks and names of a sweep's axes."""
     if column.magnitude:
         logarithmic(ax, "y")
     ax.set_xlabel(mathematics(table.figure.get("x_title", "")))
     if table.figure.get("log_x"):
         ax.set_xscale("log")
-        at = sorted({o.row.x for o in found if o.row.x is not None})
+        at = sorted({o.row.x for o in outcomes if isinstance(o.row.x, (int, float))})
         apart = [x for i, x in enumerate(at) if not i or x > 1.45 * at[i - 1]]  # labels closer than this overlap
         ax.set_xticks(apart, [f"{x:g}" for x in apart], minor=False)
         ax.set_xticks([], minor=True)
@@ -218,7 +218,7 @@ def sweep_axes(ax: Axes, table: Table, column: Column, found: list[Outcome]) -> 
 
 def draw_series(
     ax: Axes, column: Column, line: list[Outcome], right: float, *, colour: str, dash: str
-) -> tuple[float, float] | None:
+) -> tuple[float | str, float] | None:
     """One line with its bars and the paper's values, or a level where rows have no x; returns the end to label.
 
     Args:
@@ -246,12 +246,12 @@ def draw_series(
 # ---- dots: methods under each other -------------------------------------------------------------------------------
 
 
-def draw_dots(table: Table, found: list[Outcome]) -> Figure:
+def draw_dots(table: Table, outcomes: list[Outcome]) -> Figure:
     """One panel per column; a line per model with a dot per method, or a line per method where there is one model."""
     panels = columns_of(table)
-    figure, axes = panels_figure(table, found, len(panels))
-    one_model = len({o.row.model for o in found}) == 1
-    known = [o for o in found if o.ledger or has_number(o)] or found  # no empty lines
+    figure, axes = panels_figure(table, outcomes, len(panels))
+    one_model = len({o.row.model for o in outcomes}) == 1
+    known = [o for o in outcomes if o.ledger or has_number(o)] or outcomes  # no empty lines
     lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in known))
     colours = colours_of({o.row.method_id: method_key(o) for o in known})
     methods = [] if one_model else list(colours)
@@ -289,11 +289,11 @@ def draw_dots(table: Table, found: list[Outcome]) -> Figure:
     return figure
 
 
-def bars(found: list[Interval]) -> tuple[list[float], list[float]]:
+def bars(intervals: list[Interval]) -> tuple[list[float], list[float]]:
     """What error bars reach below and above: the interval, or a magnitude's range over seeds."""
-    ends = [at.span or (at.mean - (at.half or 0), at.mean + (at.half or 0)) for at in found]
-    below = [max(0.0, at.mean - low) for at, (low, _) in zip(found, ends, strict=True)]
-    return below, [max(0.0, high - at.mean) for at, (_, high) in zip(found, ends, strict=True)]
+    ends = [at.span or (at.mean - (at.half or 0), at.mean + (at.half or 0)) for at in intervals]
+    below = [max(0.0, at.mean - low) for at, (low, _) in zip(intervals, ends, strict=True)]
+    return below, [max(0.0, high - at.mean) for at, (_, high) in zip(intervals, ends, strict=True)]
 
 
 def title_of(column: Column) -> str:
@@ -329,14 +329,14 @@ def cell_of(o: Outcome, column: Column) -> Cell:
     return next(cell for cell in o.cells if cell.column is column)
 
 
-def empty_or_labels(ax: Axes, ends: list[tuple[float, float, str, str]], found: list[Outcome]) -> None:
+def empty_or_labels(ax: Axes, ends: list[tuple[float, float, str, str]], outcomes: list[Outcome]) -> None:
     """Label the lines, or say that there are none and why."""
     label_lines(ax, ends)
     if not ends:
-        xs = [o.row.x for o in found if isinstance(o.row.x, (int, float))]
+        xs = [o.row.x for o in outcomes if isinstance(o.row.x, (int, float))]
         ax.set_xlim(*limits(xs or [0, 1]))
         ax.set_yticks([])
-        unread = any(cell.verdict == UNREADABLE for o in found for cell in o.cells)
+        unread = any(cell.verdict == UNREADABLE for o in outcomes for cell in o.cells)
         text = "no run yet; the paper's values\nare not in our sources" if unread else "no run yet"
         ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=SOFT)
 

@@ -39,21 +39,23 @@ def summary(parts: list[JoinedTable]) -> list[str]:
     """What was shown and what was not, in a few sentences."""
     papers, studies = ([p for p in parts if is_study(p.table) is mine] for mine in (False, True))
     done, wanted = (len(set().union(*(getattr(p, what) for p in papers))) for what in ("rows", "runs"))
-    said = [f"The tables of the two papers ask for {wanted:,} runs. Made so far: {done or 'none'}."]
-    said += ["So no number of the papers has been reproduced yet."] * (not done)
-    said.append(f"{len(set().union(*(p.rows for p in studies))):,} runs of small studies of our own have been made.")
+    sentences = [f"The tables of the two papers ask for {wanted:,} runs. Made so far: {done or 'none'}."]
+    sentences += ["So no number of the papers has been reproduced yet."] * (not done)
+    sentences.append(
+        f"{len(set().union(*(p.rows for p in studies))):,} runs of small studies of our own have been made."
+    )
     tested = [j for p in studies for j in judged(p.table, p.outcomes) if j.p is not None]
     words, ps = Counter(re.split(r"\W", j.word)[0] for j in tested), [j.p for j in tested if j.p is not None]
     if ps:
-        said.append(
+        sentences.append(
             f"They test {len(ps)} claims at p < {LEVEL:g}: {words['confirmed']} are confirmed, {words['contradicted']} "
             f"contradicted and {words['open']} open."
         )
-        said.append(
+        sentences.append(
             f"Chance alone would decide about {LEVEL * len(ps):.0f} of them; Holm's correction for their number leaves "
             f"{surviving(ps) or 'none'}."
         )
-    return said
+    return sentences
 
 
 def overview(parts: list[JoinedTable], more: list[str], drawn: set[str]) -> str:

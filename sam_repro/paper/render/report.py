@@ -58,29 +58,29 @@ def assemble(tables: list[JoinedTable], figures: dict[str, Markup] | None = None
 
 def figures_in(folder: Path) -> dict[str, Markup]:
     """{name: figure} of a folder's SVG files as they stand inside a page: without prolog, metadata and ids."""
-    found = {}
+    figures = {}
     for path in sorted(folder.glob("*.svg")):
         text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>", "", path.read_text(), flags=re.DOTALL)
         text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
         text = re.sub(r'<g id="[^"]*"', "<g", text)
         text = re.sub(r' width="([\d.]+)pt" height="[\d.]+pt"', r' style="max-width: \1pt"', text, count=1)
-        found[path.stem] = Markup(text)
-    return found
+        figures[path.stem] = Markup(text)
+    return figures
 
 
 def claims(tables: list[JoinedTable]) -> dict[str, list[dict[str, str]]]:
     """The claims that could be tested: those decided, the confirmed ones first, and those open."""
-    said = [
+    entries = [
         {"word": j.word, "text": j.text, "why": j.why, "table": t.table.name, "title": t.table.title}
         for t in tables
         for j in judged(t.table, t.outcomes)
         if j.p is not None
     ]
-    said.sort(key=lambda claim: not claim["word"].startswith("confirmed"))
-    is_open = [claim["word"].startswith("open") for claim in said]
+    entries.sort(key=lambda claim: not claim["word"].startswith("confirmed"))
+    is_open = [claim["word"].startswith("open") for claim in entries]
     return {
-        "decided": [claim for claim, still in zip(said, is_open, strict=True) if not still],
-        "open": [claim for claim, still in zip(said, is_open, strict=True) if still],
+        "decided": [claim for claim, still in zip(entries, is_open, strict=True) if not still],
+        "open": [claim for claim, still in zip(entries, is_open, strict=True) if still],
     }
 
 

@@ -25,18 +25,18 @@ class Sheet:
     provenance: list[str]
 
 
-def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
+def sheet_of(table: Table, outcomes: list[Outcome]) -> Sheet:
     """The words and numbers of a table."""
-    compared = {c.name: any(c.name in o.row.printed for o in found) for c in table.columns}
-    curves = [(name, title) for name, title in CURVES if any(o.metric(name) is not None for o in found)]
-    timed = any(o.step_ms is not None for o in found)
+    compared = {c.name: any(c.name in o.row.printed for o in outcomes) for c in table.columns}
+    curves = [(name, title) for name, title in CURVES if any(o.metric(name) is not None for o in outcomes)]
+    timed = any(o.step_ms is not None for o in outcomes)
     header = ["model", "method"]
     for c in table.columns:
         title = f"{c.title}, {c.unit}" if c.unit else c.title
         header += [title, "paper", "difference", "verdict"] if compared[c.name] else [title]
     header += [title for _, title in curves] + ["ms per step"] * timed
     lines = []
-    for o in found:
+    for o in outcomes:
         line = [o.row.model, method_of(o.row) + "".join(f" [{w}]" for w in o.row.warnings)]
         for cell in o.cells:
             line += words_of(cell, o, compared=compared[cell.column.name])
@@ -48,13 +48,13 @@ def sheet_of(table: Table, found: list[Outcome]) -> Sheet:
         header=header,
         lines=lines,
         orders=[
-            *comparisons(order_of_methods(table, found), table),
-            *(chosen(w, table) for w in winners(table, found)),
+            *comparisons(order_of_methods(table, outcomes), table),
+            *(chosen(w, table) for w in winners(table, outcomes)),
         ],
         footnotes=footnotes_of(table)
         + ([GAP] if curves else [])
-        + [size_note(c, found) for c in table.columns if c.magnitude],
-        provenance=sentences_of(provenance_of(found)),
+        + [size_note(c, outcomes) for c in table.columns if c.magnitude],
+        provenance=sentences_of(provenance_of(outcomes)),
     )
 
 
@@ -107,10 +107,10 @@ def spread_of(ours: Interval, digits: int) -> str:
     return f"{size(ours.mean)} [{low}–{high}]"
 
 
-def size_note(column: Column, found: Iterable[Outcome]) -> str:
+def size_note(column: Column, outcomes: Iterable[Outcome]) -> str:
     """What the numbers of a magnitude's column are; how many of them a sign was taken from."""
     signed = replace(column, magnitude=False)
-    values = [v for o in found for v in o.by_seed(signed).values()]
+    values = [v for o in outcomes for v in o.by_seed(signed).values()]
     negative = sum(v < 0 for v in values)
     lost = f"without its sign ({negative} of {len(values)} are negative); " if negative else ""
     return f"{column.title}: {lost}geometric mean and range over seeds"
@@ -118,7 +118,7 @@ def size_note(column: Column, found: Iterable[Outcome]) -> str:
 
 def comparisons(orders: list[Order], table: Table) -> list[str]:
     """'ViT-B/32: GSAM against SAM: +0.41 points (paired by seed, n=3, p=0.02): significant', and how many are left."""
-    column, said = table.columns[0] if table.columns else None, []
+    column, sentences = table.columns[0] if table.columns else None, []
     for order in orders:
         if order.comparison is None or column is None:
             continue
@@ -126,11 +126,11 @@ def comparisons(orders: list[Order], table: Table) -> list[str]:
         p = "" if c.p is None else f", p={c.p:.2g}"
         unit = "points" if column.unit == "%" else column.unit
         difference = f"{c.difference:+.{column.digits + 1}f} {unit}".strip()
-        said.append(
+        sentences.append(
             f"{order.model}: {order.better} against {order.worse}: {difference} (paired by seed, n={c.n}{p}): {c.words}"
         )
-    left = len(orders) - len(said)
-    return said + [f"{left} comparison{'s' * (left > 1)} of one method with another pending"] * bool(left)
+    left = len(orders) - len(sentences)
+    return sentences + [f"{left} comparison{'s' * (left > 1)} of one method with another pending"] * bool(left)
 
 
 def chosen(winner: Winner, table: Table) -> str:
@@ -151,8 +151,8 @@ def footnotes_of(table: Table) -> list[str]:
     for row in table.rows:
         if row.origin:
             origins.setdefault(row.origin, []).append(row.id)
-    said = [f"Origin of {', '.join(ids)}: {origin}." for origin, ids in origins.items()]
-    return [*table.notes, *said, *(f"{w}: {titles.get(w, 'see docs/DEVIATIONS.md')}" for w in sorted(cited))]
+    origin_notes = [f"Origin of {', '.join(ids)}: {origin}." for origin, ids in origins.items()]
+    return [*table.notes, *origin_notes, *(f"{w}: {titles.get(w, 'see docs/DEVIATIONS.md')}" for w in sorted(cited))]
 
 
 def sentences_of(p: Provenance | None) -> list[str]:

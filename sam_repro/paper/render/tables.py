@@ -17,24 +17,24 @@ def render(table: Table, outcomes: list[Outcome], form: str) -> str:
     return FORMATS[form](table, outcomes)
 
 
-def markdown(table: Table, found: list[Outcome]) -> str:
+def markdown(table: Table, outcomes: list[Outcome]) -> str:
     """GitHub's Markdown, its columns padded so that it also reads well on a terminal."""
-    s = sheet_of(table, found)
+    s = sheet_of(table, outcomes)
     out = [f"### {s.title}", "", f"Source: {s.source}", "", markdown_table(s.header, s.lines, padded=True)]
     for part in (s.orders, s.footnotes, s.provenance):
         out += ["", *(f"* {sentence}" for sentence in part)] if part else []
     return "\n".join(out) + "\n"
 
 
-def brief(table: Table, found: list[Outcome]) -> str:
+def brief(table: Table, outcomes: list[Outcome]) -> str:
     """Markdown of the rows alone, without notes and provenance."""
-    s = sheet_of(table, found)
+    s = sheet_of(table, outcomes)
     return markdown_table(s.header, s.lines, padded=True) + "\n"
 
 
-def latex(table: Table, found: list[Outcome]) -> str:
+def latex(table: Table, outcomes: list[Outcome]) -> str:
     """A booktabs table with notes."""
-    s = sheet_of(table, found)
+    s = sheet_of(table, outcomes)
     rows = [" & ".join(map(tex, line)) + r" \\" for line in s.lines]
     notes = [rf"\par\footnotesize {tex(sentence)}" for sentence in (*s.orders, *s.footnotes, *s.provenance)]
     return "\n".join(
@@ -66,21 +66,21 @@ def tex(text: str) -> str:
     return "".join(TEX.get(c, c) for c in text)
 
 
-def html(table: Table, found: list[Outcome]) -> str:
+def html(table: Table, outcomes: list[Outcome]) -> str:
     """A page of its own."""
-    return table_page(sheet_of(table, found))
+    return table_page(sheet_of(table, outcomes))
 
 
 CSV_HEADER = ("table", "row", "model", "method", "column", "mean", "half", "low", "high", "n", "paper", "difference")
 CSV_HEADER += ("verdict", "commits", "runs")
 
 
-def comma_separated(table: Table, found: list[Outcome]) -> str:
+def comma_separated(table: Table, outcomes: list[Outcome]) -> str:
     """One line a number: row, column, ours with interval, paper, difference, verdict, and the runs it came from."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_HEADER)
-    for o in found:
+    for o in outcomes:
         done = [row for row in o.ledger if row["status"] == "done"]
         for cell in o.cells:
             ours = cell.ours

@@ -30,7 +30,7 @@ PANELS = {
 }
 
 
-def dashboard_of(table: Table, found: list[Outcome], *, entity: str, project: str) -> dict[str, Any]:
+def dashboard_of(table: Table, outcomes: list[Outcome], *, entity: str, project: str) -> dict[str, Any]:
     """Workspace and report as plain data."""
     accuracy = [(f"{c.title}, %", [f"{c.name}/accuracy"]) for c in table.columns if c.value is None]
     group = next((o.partition("=")[2] for o in table.base if o.startswith("log.group=")), table.name)
@@ -46,7 +46,7 @@ def dashboard_of(table: Table, found: list[Outcome], *, entity: str, project: st
             for name, panels in ({"Accuracy": accuracy} | PANELS).items()
             if panels
         ],
-        "report": {"description": table.source, "text": render(table, found, "md")},
+        "report": {"description": table.source, "text": render(table, outcomes, "md")},
     }
 
 
