@@ -175,16 +175,14 @@ def open_data(args: argparse.Namespace) -> Result:
     found: Result = {}
     for source in ("from_tars", "folders"):
         for world in RANKS if source == "from_tars" else (1,):
-            ready = args.work / "ready"
-            ready.unlink(missing_ok=True)
-            commands = [child("open", args.work / source, rank, world, ready) for rank in range(world)]
+            commands = [child("open", args.work / source, rank, world) for rank in range(world)]
             processes = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, text=True) for c in commands]
             ranks = [json.loads(process.communicate()[0]) for process in processes]
             found[f"{source}, {world} processes"] = {k: max(rank[k] for rank in ranks) for k in ranks[0]}
     return found
 
 
-def open_child(root: str, rank: str, world: str, ready: str) -> Result:
+def open_child(root: str, rank: str, world: str) -> Result:
     """One rank: what opening, the first batch and an epoch's order take."""
     import torch
 

@@ -83,7 +83,8 @@ def rehearsal_lines(steps: Result) -> list[list[str]]:
     for name, found in layouts_of(steps.get("open", {})).items():
         opened = f"{found['open_train_s'] + found['open_val_s']:.1f}"
         also = f"first batch {found['first_batch_s']:.2f} s, order of an epoch {found['order_s']:.2f} s, "
-        also += f"from its middle {found['middle_s']:.2f} s, {found['bytes_per_image']:.0f} bytes per image"
+        also += f"from its middle {found['middle_s']:.2f} s; {found['bytes_per_image']:.0f} bytes per image, "
+        also += f"{found['cpu_s']:.1f} s of a core in all"
         lines.append([f"open, {name}", opened, f"{found['private_peak_mb']:.0f} each", also])
     if found := steps.get("folders"):
         also = f"{found['files']:,} files, {found['bytes_per_image']:.0f} bytes per image"
@@ -169,6 +170,8 @@ def gpu_note(result: Result) -> str:
         samples = found["samples"]
         wrong = f"{len(samples['wrong'])} of {samples['steps_seen']} steps had other samples than those due"
         text += f" Restarts (SIGUSR2, SIGKILL, from step {samples['first']} to {samples['last']}): {wrong}."
+    else:
+        text += f" Restarts: {NOT_RUN}."
     return text
 
 
