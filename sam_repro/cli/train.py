@@ -56,7 +56,7 @@ def own_folders() -> list[Path]:
 
 
 def cli() -> None:
-    """Compose, check, train; exits with the code of ARCHITECTURE.md's contract."""
+    """Compose, check, train; exits with the code of the contract in docs/DECISIONS.md."""
     own = own_folders()
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
