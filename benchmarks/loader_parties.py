@@ -139,7 +139,7 @@ def processor_seconds() -> float:
 
 
 def measure(batches: Batches, seconds: float, group: int) -> dict[str, float]:
-    """Images a second over at least `seconds` and a multiple of `group` batches, once the queues are empty."""
+    """Images per second over at least `seconds` and a multiple of `group` batches, once the queues are empty."""
     for _ in range(2 * group + 4):
         next(batches)
     synchronise()

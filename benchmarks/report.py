@@ -146,7 +146,7 @@ def speed_table(results: list[Result]) -> str:
         "memory",
     ]
     table = markdown_table(header, (speed_line(model, parties) for model, parties in by_model(results).items()))
-    lines = [table, "", "Images a second; then times the floor. "]
+    lines = [table, "", "Images per second; then times the floor. "]
     lines[-1] += "Memory: GSAM's with one group over vanilla's, both at their peak."
     runs: dict[str, list[str]] = {}
     for r in results:

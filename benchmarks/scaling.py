@@ -1,4 +1,4 @@
-"""Images a second on 1, 2, 4, ... GPUs of one host, what the reduction costs, and how far both are from ideal.
+"""Images per second on 1, 2, 4, ... GPUs of one host, what the reduction costs, and how far both are from ideal.
 
     python benchmarks/scaling.py --gpus 1 2 --models vit_b32 resnet50 --output results/benchmarks/<gpu>-scaling.json
 

@@ -28,7 +28,7 @@ REQUIRED = {"step": ("model", "method", "m", "images_per_second"), "loader": ("d
 
 @dataclass(frozen=True)
 class Rate:
-    """Images a second of one GPU, and how it is known."""
+    """Images per second of one GPU, and how it is known."""
 
     images_per_second: float
     how: str

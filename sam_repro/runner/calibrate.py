@@ -76,7 +76,7 @@ def store(path: Path, entry: Entry, machine: dict[str, str]) -> None:
 
 
 def measure_step(cfg: Config) -> tuple[Entry, str]:
-    """Images a second of one process, from the median over logged steps; and the hardware's name.
+    """Images per second of one process, from the median over logged steps; and the hardware's name.
 
     Of a method with a period both kinds of steps are timed, and weighed as in the period.
     """
@@ -115,7 +115,7 @@ def mean_step(seconds: Sequence[float | None], period: int) -> float:
 
 
 def measure_loader(cfg: Config) -> Entry:
-    """Images a second that the training loader delivers to one process, after its first batch."""
+    """Images per second that the training loader delivers to one process, after its first batch."""
     import torch
 
     from sam_repro.data.loaders.build import build_loader

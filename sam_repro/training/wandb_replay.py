@@ -9,6 +9,7 @@ import yaml
 
 from sam_repro.errors import UserError
 from sam_repro.records.log import metrics_of, read_log
+from sam_repro.training.wandb_writer import identity
 
 
 def replay(folder: Path, *, project: str | None, entity: str | None, mode: str) -> str:
@@ -26,13 +27,10 @@ def replay(folder: Path, *, project: str | None, entity: str | None, mode: str) 
         synced = wandb.init(
             project=project or config["log"]["project"],
             entity=entity,
-            id=folder.name,
-            name=folder.name,
-            group=config["log"]["group"],
             dir=str(folder),
             mode=mode,  # pyright: ignore[reportArgumentType]: one of the choices
             resume="allow",
-            config=config,
+            **identity(config, folder.name),
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.errors.Error as error:

@@ -29,8 +29,13 @@ class Tracker:
     def __init__(self, run_dir: Path, cfg: Config, *, run_id: str, mode: str):
         self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
         self.run_dir = run_dir
-        self.settings: dict[str, Any] = {"project": cfg.log.project, "id": run_id, "name": run_id, "resume": "allow"}
-        self.settings |= {"group": cfg.log.group, "dir": str(run_dir), "mode": mode, "config": to_dict(cfg)}
+        self.settings: dict[str, Any] = {
+            "project": cfg.log.project,
+            "resume": "allow",
+            "dir": str(run_dir),
+            "mode": mode,
+        }
+        self.settings |= identity(to_dict(cfg), run_id)
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
@@ -61,6 +66,20 @@ class Tracker:
     def say(self, what: str) -> None:
         """A sentence on stderr; the progress bar is another thread's, and survives it."""
         print(f"{what}; the run has everything, `sam-repro sync {self.run_dir}` shows it there later", file=sys.stderr)
+
+
+def identity(config: dict[str, Any], run_id: str) -> dict[str, Any]:
+    """What W&B shows of a run, live or replayed: a name for people, tags to filter by, and where the command is."""
+    model, method, data = (config[part]["name"] for part in ("model", "optim", "data"))
+    group = config["log"]["group"]
+    return {
+        "id": run_id,
+        "name": f"{model} {method}, {data}, seed {config['seed']}",
+        "group": group,
+        "tags": sorted({tag for tag in (model, method, data, group) if tag}),
+        "notes": f"{run_id}: its row, {config['log']['ledger_dir']}/{run_id}.json, has the command and the hardware.",
+        "config": config,
+    }
 
 
 def start_tracking(run_dir: Path, cfg: Config, run_id: str, say: Callable[[str], object]) -> Tracker | None:

@@ -66,3 +66,17 @@ def test_offline_is_said_and_how_it_is_shown_later(home, monkeypatch):
     assert "no key for api.wandb.ai" in sentence and f"sam-repro sync {home}" in sentence
     netrc(home, "api.wandb.ai")
     assert start_tracking(home, cfg, "a", spoken.append) == "online" and len(spoken) == 1
+
+
+def test_the_real_client_offline_has_a_name_for_people_and_tags(home):
+    """W&B's own file of the run holds the name, the tags and where the command is."""
+    cfg = compose_config(["experiment=demo", "optim=gsam", "seed=2"])
+    tracker = wandb_writer.Tracker(home, cfg, run_id="vit_digits-gsam-s2-0123abcd", mode="offline")
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    assert not tracker.thread.is_alive()
+    (path,) = home.glob("wandb/offline-run-*/run-vit_digits-gsam-s2-0123abcd.wandb")
+    stored = path.read_bytes()
+    for words in ("vit_digits gsam, digits, seed 2", "its row, runs/demo/ledger/", "loss"):
+        assert words.encode() in stored
+    assert cfg.log.group == "demo" and stored.count(b"vit_digits") > 1

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = (
-    "images|hours|ms|milliseconds|seconds|passes|bytes|runs|seeds|lines|points|copies|calls|steps|GB|MB|TFLOP/s|"
+    "[iI]mages|hours|ms|milliseconds|seconds|passes|bytes|runs|seeds|lines|points|copies|calls|steps|GB|MB|TFLOP/s|"
     "products|one|files?|dots?|panels?|several|money|values|perturbations|reductions|sentences?|process|processes"
 )
 UNITS = (

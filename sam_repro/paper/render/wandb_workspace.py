@@ -26,7 +26,7 @@ PANELS = {
         ("Gradient norms", ["grad_norm", "grad_norm_robust"]),
         ("Learning rate", ["lr"]),
     ],
-    "Speed": [("Images a second", ["images_per_second"]), ("Processor hours", ["hours"])],
+    "Speed": [("Images per second", ["images_per_second"]), ("Processor hours", ["hours"])],
 }
 
 
