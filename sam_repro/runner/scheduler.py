@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sam_repro.data.loaders.threads import usable_cores
 from sam_repro.errors import UserError
 from sam_repro.paper.runs import Run
 from sam_repro.records.ledger import read_row, row_path
@@ -152,7 +153,7 @@ class Scheduler:
     def start_worker(self, number: int, r: Run) -> WorkerProcess:
         """A process for a slot. Raises OSError."""
         log = Path(r.config.log.runs_dir) / "pool" / f"worker-{number}.log"
-        gpu, threads = self.slots[number], max(1, len(os.sched_getaffinity(0)) // len(self.slots))
+        gpu, threads = self.slots[number], max(1, usable_cores() // len(self.slots))
         worker = WorkerProcess(gpu, self.slots.count(gpu), threads, log)
         self.workers[number] = worker
         if self.leaving:  # it began just as all others were told to go

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ def peak_bytes(device: torch.device) -> float:
     """The most memory that this process had: on a GPU reserved by torch, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_sentence(step: GradientStep, device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sam_repro.data.loaders.threads import worker_count
+from sam_repro.data.loaders.threads import usable_cores, worker_count
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,9 @@ def test_threads_are_this_ranks_share_of_the_cores(environment, world, threads, 
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(24)))
     assert worker_count(0, world) == threads and worker_count(3, world) == 3
+
+
+def test_macos_which_has_no_affinity_counts_every_core(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 10)
+    assert usable_cores() == 10
