@@ -184,22 +184,27 @@ def draw_sweep(table: Table, outcomes: list[Outcome]) -> Figure:
     keys = {o.row.series: method_key(o) for o in outcomes}
     colours = colours_of(keys)
     dashes = {name: DASHES[sorted(n for n in keys if keys[n] == keys[name]).index(name) % 4] for name in keys}
+    drawn: dict[str, str] = {}
     crowded = len(panels) > 1 and max(map(len, keys)) > 12
     for ax, (column, model) in zip(axes, panels, strict=True):
         shown = [o for o in outcomes if model in ("", o.row.model)]
         ax.set_title(f"{model}: {title_of(column)}" if model else title_of(column))
         sweep_axes(ax, table, column, shown)
         ends, right = [], max((o.row.x for o in shown if o.row.x is not None), default=1.0)
-        for name, colour in colours.items():
+        left = min((o.row.x for o in shown if o.row.x is not None), default=0.0)
+        for i, (name, colour) in enumerate(colours.items()):
             line = [o for o in shown if o.row.series == name]
-            end = draw_series(ax, column, line, right, colour=colour, dash=dashes[name])
+            # On a linear axis bars at the same x stand next to each other.
+            aside = 0.0 if table.figure.get("log_x") else 0.012 * (right - left) * (i - (len(colours) - 1) / 2)
+            end = draw_series(ax, column, line, right, aside, colour=colour, dash=dashes[name])
             if end is not None:
                 ends.append((*end, name, colour))
+                drawn[name] = colour
         if not ends or not crowded:
             empty_or_labels(ax, ends, shown)
     if crowded:
         figure.subplots_adjust(top=0.66, wspace=0.2)
-        label_methods(figure, axes[0], list(colours.items()))
+        label_methods(figure, axes[0], list((drawn or colours).items()))
     return figure
 
 
@@ -214,21 +219,24 @@ def sweep_axes(ax: Axes, table: Table, column: Column, outcomes: list[Outcome]) 
         apart = [x for i, x in enumerate(at) if not i or x > 1.45 * at[i - 1]]  # labels closer than this overlap
         ax.set_xticks(apart, [f"{x:g}" for x in apart], minor=False)
         ax.set_xticks([], minor=True)
+    elif xs := [o.row.x for o in outcomes if o.row.x is not None]:
+        ax.set_xlim(*limits(xs))
 
 
 def draw_series(
-    ax: Axes, column: Column, line: list[Outcome], right: float, *, colour: str, dash: str
+    ax: Axes, column: Column, line: list[Outcome], right: float, aside: float, *, colour: str, dash: str
 ) -> tuple[float | str, float] | None:
     """One line with its bars and the paper's values, or a level where rows have no x; returns the end to label.
 
     Args:
         right: the abscissa at which a level is labelled.
+        aside: how far the line is moved along x, so that its bars do not hide others'.
     """
     end = None
     points = sorted(((o.row.x, cell_of(o, column)) for o in line if o.row.x is not None), key=lambda p: p[0])
     ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
     if ours:
-        xs, means = [x for x, _ in ours], [at.mean for _, at in ours]
+        xs, means = [x + aside for x, _ in ours], [at.mean for _, at in ours]
         style = {"color": colour, "marker": "o", "markersize": 5, "elinewidth": 1, "linestyle": dash}
         ax.errorbar(xs, means, bars([at for _, at in ours]), **style)
         end = xs[-1], means[-1]
