@@ -37,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loader_parties
 from loader_parties import PARTIES, available, processor_seconds, synchronise
 
-from sam_repro.data.beton import write_beton
+from sam_repro.data.beton import MAX_SIDE, write_beton
 from sam_repro.data.manifest import write_manifest
+from sam_repro.data.write.dataset import encode
 from sam_repro.records import ledger
 
 CLASSES = 10
@@ -97,8 +98,12 @@ def generated(index: int) -> bytes:
     return buffer.getvalue()
 
 
-def prepare(root: Path, jpegs: list[bytes], count: int) -> None:
-    """root/train/<class>/*.jpg and root/train.beton: the same bytes, `count` images by repetition."""
+def prepare(root: Path, jpegs: list[bytes], count: int) -> float:
+    """`count` images by repetition, as root/train/<class>/*.jpg, train.beton and segments/train.beton.
+
+    The first two have the same bytes, the third has the JPEGs as `sam-repro write` stores them. Returns how many bytes
+    those have for each byte of their sources.
+    """
     sides = [Image.open(io.BytesIO(j)).size for j in jpegs]
     for label in range(CLASSES):
         (root / "train" / f"c{label}").mkdir(parents=True)
@@ -109,9 +114,13 @@ def prepare(root: Path, jpegs: list[bytes], count: int) -> None:
         else:
             file.hardlink_to(files[i % len(jpegs)])
     which = [(i % len(jpegs), i % CLASSES) for i in range(count)]
-    samples = ((jpegs[k], sides[k][1], sides[k][0], label, False) for k, label in which)
-    write_beton(root / "train.beton", samples, capacity=count)
-    write_manifest(root / "train.beton", [f"c{c}" for c in range(CLASSES)])
+    (root / "segments").mkdir()
+    stored = [encode(j, max_side=MAX_SIDE, quality=90, segment=64).data for j in jpegs]
+    for beton, contents in ((root / "train.beton", jpegs), (root / "segments" / "train.beton", stored)):
+        samples = ((contents[k], sides[k][1], sides[k][0], label, False) for k, label in which)
+        write_beton(beton, samples, capacity=count)
+        write_manifest(beton, [f"c{c}" for c in range(CLASSES)])
+    return sum(map(len, stored)) / sum(map(len, jpegs))
 
 
 class Party:
@@ -297,7 +306,7 @@ def main() -> None:
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), jpegs, args.count)
+        result["stored_of_source"] = prepare(Path(folder), jpegs, args.count)
         if args.parties != []:
             loaders_alone(Path(folder), args, save)
         done = result["entries"]

@@ -1,8 +1,9 @@
 """The loaders that benchmarks/loader.py compares: each an endless iterator of (images on the device, labels).
 
-All read the same JPEG bytes and deliver 224-pixel training images: random-resized crop (area 5-100 %), flip, uint8, but
-for `torchvision` and `timm`, which also normalise, as their users have them do. Run as a program, this file serves one
-party to the benchmark: a line of seconds in, a line of JSON out.
+All read the same JPEG bytes (ours, but for `ours-bytes`, as `sam-repro write` stores them) and deliver 224-pixel
+training images: random-resized crop (area 5-100 %), flip, uint8, but for `torchvision` and `timm`, which also
+normalise, as their users have them do. Run as a program, this file serves one party to the benchmark: a line of seconds
+in, a line of JSON out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from loader_peers import PEERS
 
 from sam_repro.config.schema import AugmentConfig, DataConfig
 
@@ -96,12 +99,14 @@ def keep_stock_ffcv() -> None:
     STOCK_THREADS = Compiler.set_num_threads
 
 
-def ours(root: Path, batch: int, workers: int, device: torch.device, *, backend: str) -> Batches:
-    """This project's loader with one of its backends."""
+def ours(
+    root: Path, batch: int, workers: int, device: torch.device, *, backend: str, written: str = "segments"
+) -> Batches:
+    """This project's loader with one of its backends, of a file in restart segments or with its sources' bytes."""
     from sam_repro.data.loaders.build import build_loader
 
     classes = len(list((root / "train").iterdir()))
-    data = DataConfig(name="benchmark", root=str(root), num_classes=classes, workers=workers, backend=backend)
+    data = DataConfig(name="benchmark", root=str(root / written), num_classes=classes, workers=workers, backend=backend)
     augment = AugmentConfig(name="light")
     loader = build_loader(data, augment, split="train", training=True, batch_size=batch, seed=0, device=device)
     epoch = 0
@@ -115,15 +120,23 @@ PARTIES = {
     "torchvision-uint8": torchvision_uint8,
     "timm": timm,
     "ffcv": ffcv,
+    **{name: loader for name, (_, loader) in PEERS.items()},
     "ours-ffcv": lambda *a: ours(*a, backend="ffcv"),
     "ours-torch": lambda *a: ours(*a, backend="torch"),
+    "ours-bytes": lambda *a: ours(*a, backend="torch", written="."),
 }
 
 
 def available() -> list[str]:
     """The parties that this machine can run."""
-    lacking = {name for name in PARTIES if "ffcv" in name and importlib.util.find_spec("ffcv") is None}
+    needed = {name: package for name, (package, _) in PEERS.items()}
+    needed |= {name: "ffcv" for name in PARTIES if "ffcv" in name}
+    lacking = {name for name, package in needed.items() if not _installed(package)}
     return [name for name in PARTIES if name not in lacking]
+
+
+def _installed(package: str) -> bool:
+    return all(importlib.util.find_spec(".".join(package.split(".")[: n + 1])) for n in range(len(package.split("."))))
 
 
 def lockstep(name: str, workers: int) -> int:
