@@ -257,7 +257,7 @@ def show(path: Path) -> str:
     if alone:
         rate = {e["party"]: e["images_per_second"] for e in alone}
         core = {e["party"]: e["images_per_busy_core_second"] for e in alone}
-        heads = ["loader", "images/s", "x torchvision", "x FFCV", "images/s a busy core", "x torchvision", "x FFCV"]
+        heads = ["loader", "images/s", "x torchvision", "x FFCV", "images/s per busy core", "x torchvision", "x FFCV"]
         lines = [f"| {' | '.join([*heads, 'first batch'])} |", f"|---|{'--:|' * len(heads)}"]
         for e in alone:
             cells = [e["party"]]

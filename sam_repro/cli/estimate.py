@@ -4,9 +4,9 @@
   sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained a GPU
   sam-repro estimate demo --gpu cpu --calibrate        # first measure this machine for a minute
 
-The speed of a run is the smaller of its step's and its loader's, from results/benchmarks/; with --missing, the hours of
-a row of which other seeds are finished on this hardware are those seeds'. Where nothing was measured the hours stay
-empty: speeds are never guessed. FLOP = images x forward x 3 (backward is twice the forward)
+The speed of a run is the lower of its step's and its loader's speeds, from results/benchmarks/. With --missing, a row
+whose other seeds are finished on this hardware takes their hours. Where nothing was measured the hours stay empty.
+ FLOP = images x forward x 3 (backward is twice the forward)
 x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Compiling, evaluation and
 checkpoints are not counted. GB is the memory of each GPU, with the fewest images per pass and with the fastest number
 (train.chunk); --memory 24GB shows how many a run takes on such a card.

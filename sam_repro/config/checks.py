@@ -1,4 +1,4 @@
-"""What a configuration may not be although its types fit: one sentence for what a user typed."""
+"""Values that fit their types but not each other: each is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_method(o: OptimConfig) -> None:
     if o.combine == "wsam" and not 0 <= o.alpha < 1:
         raise UserError(f"optim.alpha={o.alpha} is gamma in optim.combine=wsam, which must lie in [0, 1)")
     if o.decoupled and o.every > 1:
-        raise UserError(f"optim.decoupled=true leaves nothing to reuse between steps: it wants every=1, not {o.every}")
+        raise UserError(f"optim.decoupled=true needs optim.every=1, not {o.every}: it keeps nothing between steps")
     if o.scope == "global" and (o.every > 1 or o.decoupled or o.combine == "cr" or o.kind == "entropy_sgd"):
         raise UserError("optim.scope=global is for two passes in every step: not entropy_sgd, every, decoupled or cr")
     if o.kind == "entropy_sgd" and o.perturb != "none":

@@ -268,7 +268,7 @@ class Eigen:
     def coefficients(self, gg: Tensor, gv: Tensor, vv: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) with eps = a g + b v, from <g,g>, <g,v>, <v,v>: the call above for an engine that fuses its passes.
 
-        Without a vector, v = 0, it is SAM's. Not for `faithful`, which then is not.
+        Without a vector (v = 0) this is SAM's perturbation, except with `faithful`.
         """
         length = gg.sqrt() + STABILITY
         along = gv / length

@@ -82,7 +82,7 @@ def is_running(r: Run) -> bool:
 
 
 def summary(values: list[float], column: Column) -> Interval | None:
-    """Mean and interval of a column's values, of magnitudes geometric mean and range; None of none."""
+    """Mean and interval of a column's values; for magnitudes geometric mean and range. None without values."""
     return (magnitudes if column.magnitude else interval)(values) if values else None
 
 

@@ -74,7 +74,7 @@ class RunLock:
         return True
 
     def clear(self, holder: str) -> None:
-        """Remove the abandoned lock of `holder`, and no other's: only who links its name to the claim may."""
+        """Remove the abandoned lock of `holder`. Only the process that links its name to the claim may do so."""
         claim = self.path.with_name(f"lock.taken.{fields(holder).get('token', 'unreadable')}")
         try:
             os.link(self.path, claim)

@@ -117,7 +117,7 @@ def test_bad_numbers_and_words_are_one_sentence(override):
 def test_contradictions_are_one_sentence():
     for overrides, sentence in (
         (["optim=wsam", "optim.alpha=1"], "gamma in optim.combine=wsam"),
-        (["optim=wsam", "optim.every=2"], "leaves nothing to reuse"),
+        (["optim=wsam", "optim.every=2"], "keeps nothing between steps"),
     ):
         with pytest.raises(UserError, match=sentence):
             validate(compose_config(overrides))
