@@ -29,17 +29,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Draw, and print where the files are."""
     table = load_table(args.table)
-    found = join_table(table, args.ledger)
-    folder = args.output or beside_ledger(found, args.ledger)
-    for path in save(draw(table, found), folder / table.name):
+    outcomes = join_table(table, args.ledger)
+    folder = args.output or beside_ledger(outcomes, args.ledger)
+    for path in save(draw(table, outcomes), folder / table.name):
         print(path)
-    if any(o.runs for o in found) and not any(o.ledger for o in found):
-        shown = "the paper's values only" if any(map(has_number, found)) else "an empty frame"
+    if any(o.runs for o in outcomes) and not any(o.ledger for o in outcomes):
+        shown = "the paper's values only" if any(map(has_number, outcomes)) else "an empty frame"
         print(f"no run of {table.name} is in the ledger yet: the figure shows {shown}", file=sys.stderr)
 
 
-def beside_ledger(found: list[Outcome], ledger_dir: Path | None) -> Path:
+def beside_ledger(outcomes: list[Outcome], ledger_dir: Path | None) -> Path:
     """figures/ in the folder that holds the ledger's."""
-    runs = [r for o in found for r in o.runs]
+    runs = [r for o in outcomes for r in o.runs]
     ledger_dir = ledger_dir or Path(runs[0].config.log.ledger_dir if runs else "results/runs")
     return ledger_dir.parent / "figures"

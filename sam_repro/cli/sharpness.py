@@ -137,8 +137,8 @@ def alignment(folder: Path) -> dict[str, Any]:
     from sam_repro.curvature.from_log import measurements
 
     keys = ("alignment", "lambda_max", "estimate", "first_order")
-    found = measurements(folder, *keys)
-    series = {key: [record[key] for record in found] for key in ("step", *keys)}
+    records = measurements(folder, *keys)
+    series = {key: [record[key] for record in records] for key in ("step", *keys)}
     print(f"|cos(eps, v)| from {series['alignment'][0]:.3f} to {series['alignment'][-1]:.3f}")
     return {"run": folder.name, **series}
 
@@ -157,8 +157,8 @@ def sde(seed: int) -> dict[str, Any]:
     """Mean weights of SAM's iterates and of the SDEs, and how far apart they are."""
     from sam_repro.paper.toys.sde import simulate
 
-    found = simulate(seed=seed)
-    errors = {name: found.error(name) for name in found.weights if name != "sam"}
+    simulation = simulate(seed=seed)
+    errors = {name: simulation.error(name) for name in simulation.weights if name != "sam"}
     for name, error in errors.items():
         print(f"{name}: max |E w_SAM - E X| = {error:.4f}")
-    return {"steps": found.steps, "loss": found.loss, "top_eigenvalue": found.top, "weak_error": errors}
+    return {"steps": simulation.steps, "loss": simulation.loss, "top_eigenvalue": simulation.top, "weak_error": errors}

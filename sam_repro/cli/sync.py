@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
 def run_folders(folder: Path) -> list[Path]:
     """The folder itself where it is a run's, else the runs' folders in it."""
     inner = (*sorted(folder.glob("*")), *sorted(folder.glob("*/*")))  # runs/<run_id>, runs/demo/<run_id>
-    found = [f for f in (folder, *inner) if (f / "log.jsonl").is_file()]
-    if not found:
+    run_folders = [f for f in (folder, *inner) if (f / "log.jsonl").is_file()]
+    if not run_folders:
         raise UserError(f"{folder} is no run folder and has none: there is no log.jsonl")
-    return found
+    return run_folders

@@ -168,15 +168,15 @@ def explain(error: Exception, words: list[str], *more: Path) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         folder, _, name = (error.missing_cfg_file or "").rpartition("/")
         return no_such_choice(folder, name, [option for option in error.options if not option.startswith("_")])
-    if found := re.search(r"^(?:Ambiguous value for argument|Sweep parameters) '(.*?)'( requires|$)", text, re.M):
-        return several(found[1])
-    if found := re.search(r"^Either remove \+ prefix: '(.*)'$|^Multiple values for .* '?override (.*)'$", text, re.M):
-        word = found[1] or found[2].replace(": ", "=")
+    if match := re.search(r"^(?:Ambiguous value for argument|Sweep parameters) '(.*?)'( requires|$)", text, re.M):
+        return several(match[1])
+    if match := re.search(r"^Either remove \+ prefix: '(.*)'$|^Multiple values for .* '?override (.*)'$", text, re.M):
+        word = match[1] or match[2].replace(": ", "=")
         return f"{word.partition('=')[0]} is there already: write {word}"
     merged = text.partition("Error merging override ")[2]
     about = f"{text}\n{error.__cause__ or ''}"
-    file = f"{found[1]}.yaml: " if (found := re.match(r"In '(.*?)': \w+ raised while composing", text)) else ""
-    key = found[1] if (found := re.search(r"full_key: (\S+)", about)) else ""
+    file = f"{match[1]}.yaml: " if (match := re.match(r"In '(.*?)': \w+ raised while composing", text)) else ""
+    key = match[1] if (match := re.search(r"full_key: (\S+)", about)) else ""
     if re.search(r"^Key '.*' (not in '|is not in struct)", about, re.M) and not key.startswith("hydra."):
         typed_word = next((w for w in words if w.partition("=")[0] == key), f"{key}=...")
         if key.startswith(("model.kwargs.", "model.tiny_kwargs.")):
@@ -186,8 +186,8 @@ def explain(error: Exception, words: list[str], *more: Path) -> str:
         text = str(error.__cause__ or text.partition("\n")[2]).split("\n")[0]
     sentence = " ".join(text.split("\n\nConfig search path")[0].split())
     missing = re.search(r"'(.*)' not found", sentence)  # of an interpolation, which does not say where it stands
-    found = next((w for w in words if missing and missing[1] in w or w == merged), "")
-    return file + (f"{key}: " if key else "") + sentence + (f" (in {found})" if found else "")
+    word = next((w for w in words if missing and missing[1] in w or w == merged), "")
+    return file + (f"{key}: " if key else "") + sentence + (f" (in {word})" if word else "")
 
 
 def unreadable(word: str) -> str:

@@ -181,7 +181,7 @@ def resolve(value: Any, tree: dict[str, Any]) -> Any:
     try:
         if whole := INTERPOLATION.fullmatch(value):
             return resolve(tree[whole[1]][whole[2]], tree)
-        filled = INTERPOLATION.sub(lambda found: str(resolve(tree[found[1]][found[2]], tree)), value)
+        filled = INTERPOLATION.sub(lambda name: str(resolve(tree[name[1]][name[2]], tree)), value)
     except KeyError:
         raise OnlyHydraKnows from None
     if "$" in filled:

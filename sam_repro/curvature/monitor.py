@@ -75,7 +75,7 @@ class Monitor:
         average_buffers(self.model, self.ranks)
         try:
             with in_mode(self.model, training=False):
-                found = self._measure(done, rho, final=final, after=after)
+                measured = self._measure(done, rho, final=final, after=after)
         except (RuntimeError, UserError) as error:
             if not isinstance(error, UserError) and not no_memory(error):
                 raise
@@ -87,10 +87,10 @@ class Monitor:
             return {"problem": f"sharpness was not measured: {why}"}
         except ValueError as error:  # of numbers that all ranks have
             return {"problem": f"sharpness was not measured: {error}"}
-        numbers = [x for value in found.values() for x in np.ravel(value).tolist()]
+        numbers = [x for value in measured.values() for x in np.ravel(value).tolist()]
         if not all(map(math.isfinite, numbers)):
             return {"problem": "sharpness was not measured: the loss overflows around these weights"}
-        return found | {"seconds": time.perf_counter() - start}
+        return measured | {"seconds": time.perf_counter() - start}
 
     def _measure(self, done: int, rho: float, *, final: bool, after: Callable[[int], object] | None) -> dict[str, Any]:
         wanted = self.cfg.sharpness
@@ -104,22 +104,24 @@ class Monitor:
             hessian.after = lambda: after(counted.products)
         pair = dominant(hessian, tol=TOL, max_steps=min(MAX_PRODUCTS, hessian.size))
         v = pair.vectors[0]
-        found = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
+        measured = {"lambda_max": pair.value, "residual": float(pair.residuals[0]), "products": pair.products}
         # a radius that has decayed to nothing would measure the rounding of the loss
         rho = rho if rho > MIN_RADIUS * self.cfg.model.sam_rho else self.cfg.model.sam_rho
         gap = sharpness(hessian, rho)
-        found |= {key: gap[key] for key in ("rho", "surrogate_gap", "estimate", "first_order")}
-        found |= self._of_perturbations(hessian, v, rho) | {"images": self._count()}
-        found["decay"] = [self._quality(hessian, age, old, v, found["lambda_max"]) for age, old in self._ages(done)]
-        self.after_k += [cosine for age, cosine, _ in found["decay"] if age == self.cfg.optim.k]
+        measured |= {key: gap[key] for key in ("rho", "surrogate_gap", "estimate", "first_order")}
+        measured |= self._of_perturbations(hessian, v, rho) | {"images": self._count()}
+        measured["decay"] = [
+            self._quality(hessian, age, old, v, measured["lambda_max"]) for age, old in self._ages(done)
+        ]
+        self.after_k += [cosine for age, cosine, _ in measured["decay"] if age == self.cfg.optim.k]
         if wanted.every:
             self.past = [*self.past[1 - FOLLOWED :], (done, v)]
         if final:
             estimate = power_iteration(hessian, steps=self.cfg.optim.p, seed=1)
-            found["power_cosine"] = alignment(estimate.vectors[0], v)
+            measured["power_cosine"] = alignment(estimate.vectors[0], v)
             if self.after_k:
-                found["decay_cosine"] = sum(self.after_k) / len(self.after_k)
-        return found
+                measured["decay_cosine"] = sum(self.after_k) / len(self.after_k)
+        return measured
 
     def _try(self, batch: Batch) -> None:
         """One product with one batch, of this rank alone."""

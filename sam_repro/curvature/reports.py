@@ -37,10 +37,10 @@ def measure(args: Namespace, folder: Path) -> Numbers | None:
     """
     ranks = init_ranks(args.device)
     try:
-        found = _measure(args, folder, ranks)
+        numbers = _measure(args, folder, ranks)
     finally:
         ranks.close()
-    return found if ranks.main else None
+    return numbers if ranks.main else None
 
 
 def _measure(args: Namespace, folder: Path, ranks: Ranks) -> Numbers:
@@ -113,9 +113,9 @@ def convergence(hessian: Hessian, args: Namespace) -> Numbers:
     truth, v = pairs.values.tolist(), pairs.vectors[0]
     runs = []
     for start in range(args.starts):
-        found: list[torch.Tensor] = []
-        history = power_iteration(hessian, steps=args.p, seed=args.seed + 1 + start, visit=found.append).history
-        runs.append({"cosine": [alignment(x, v) for x in found], "quotient": [value for value, _ in history]})
+        iterates: list[torch.Tensor] = []
+        history = power_iteration(hessian, steps=args.p, seed=args.seed + 1 + start, visit=iterates.append).history
+        runs.append({"cosine": [alignment(x, v) for x in iterates], "quotient": [value for value, _ in history]})
     ends = ", ".join(f"{run['cosine'][min(5, args.p)]:.3f}" for run in runs)
     tqdm.write(f"lambda = {', '.join(f'{x:.5g}' for x in truth)}; |cos| after {min(5, args.p)} iterations: {ends}")
     return {"eigenvalues": truth, "residuals": pairs.residuals.tolist(), "starts": runs}
