@@ -78,19 +78,22 @@ def rehearsal_lines(steps: Result) -> list[list[str]]:
         also = f"after SIGKILL at {found['killed_after_s']:.0f} s; {same(found)}"
         lines.append(["the same command goes on", seconds(found["again"]), mb(found["again"]), also])
     if found := steps.get("full"):
-        also = f"after a full disk, {found['bytes_kept'] / 1e9:.2f} GB kept; {same(found)}"
+        count = f", of {found['images']:,} images" if "images" in found else ""
+        also = f"after a full disk{count}, {found['bytes_kept'] / 1e9:.2f} GB kept; {same(found)}"
         lines.append(["the same command goes on", seconds(found["again"]), mb(found["again"]), also])
     for name, found in layouts_of(steps.get("open", {})).items():
         opened = f"{found['open_train_s'] + found['open_val_s']:.1f}"
         also = f"first batch {found['first_batch_s']:.2f} s, order of an epoch {found['order_s']:.2f} s, "
         also += f"from its middle {found['middle_s']:.2f} s; {found['bytes_per_image']:.0f} bytes per image, "
         also += f"{found['cpu_s']:.1f} s of a core in all"
-        lines.append([f"open, {name}", opened, f"{found['private_peak_mb']:.0f} each", also])
+        where = name.replace("from_tars", "`.beton`").replace("folders", "class folders").replace("1 processes", "one")
+        lines.append([f"open, {where}", opened, f"{found['private_peak_mb']:.0f} each", also])
     if found := steps.get("folders"):
         also = f"{found['files']:,} files, {found['bytes_per_image']:.0f} bytes per image"
         lines.append(["list the class folders", f"{found['seconds']:.1f}", f"{found['held_mb']:.0f} held", also])
     for name, found in layouts_of(steps.get("evaluate", {})).items():
-        also = f"a toy's whole run; counted {found['evals']['val']['total']:,} images, {name}"
+        also = f"a toy's whole run; counted {found['evals']['val']['total']:,} images"
+        also += f" with {name}".replace("1 processes", "one process")
         lines.append(["train one step, evaluate", seconds(found), mb(found), also])
     if found := steps.get("log"):
         also = f"{found['lines']:,} lines, {found['mb']:.0f} MB, a line per step"
