@@ -74,13 +74,12 @@ def rehearsal_lines(steps: Result) -> list[list[str]]:
         also = f"{first['images_per_second']:,.0f} images/s"
         lines.append([f"`write imagenet` from {LAYOUTS[name]}", seconds(first), mb(first), also])
         lines.append([f"the same, up to date ({name})", seconds(again), mb(again), "nothing is written"])
-    if found := steps.get("killed"):
-        also = f"after SIGKILL at {found['killed_after_s']:.0f} s; {same(found)}"
-        lines.append(["the same command goes on", seconds(found["again"]), mb(found["again"]), also])
-    if found := steps.get("full"):
-        count = f", of {found['images']:,} images" if "images" in found else ""
-        also = f"after a full disk{count}, {found['bytes_kept'] / 1e9:.2f} GB kept; {same(found)}"
-        lines.append(["the same command goes on", seconds(found["again"]), mb(found["again"]), also])
+    for name in ("killed", "full"):
+        if found := steps.get(name):
+            count = f" of {found['images']:,} images" if "images" in found else ""
+            why = f"SIGKILL at {found['killed_after_s']:.0f} s" if name == "killed" else "a full disk"
+            also = f"after {why}{count}; {same(found)}"
+            lines.append(["the same command goes on", seconds(found["again"]), mb(found["again"]), also])
     for name, found in layouts_of(steps.get("open", {})).items():
         opened = f"{found['open_train_s'] + found['open_val_s']:.1f}"
         also = f"first batch {found['first_batch_s']:.2f} s, order of an epoch {found['order_s']:.2f} s, "
