@@ -190,8 +190,8 @@ def draw_sweep(table: Table, outcomes: list[Outcome]) -> Figure:
         shown = [o for o in outcomes if model in ("", o.row.model)]
         ax.set_title(f"{model}: {title_of(column)}" if model else title_of(column))
         sweep_axes(ax, table, column, shown)
-        ends, right = [], max((o.row.x for o in shown if o.row.x is not None), default=1.0)
-        left = min((o.row.x for o in shown if o.row.x is not None), default=0.0)
+        xs = [x for o in shown if (x := abscissa(o)) is not None] or [0.0, 1.0]
+        ends, left, right = [], min(xs), max(xs)
         for i, (name, colour) in enumerate(colours.items()):
             line = [o for o in shown if o.row.series == name]
             # On a linear axis bars at the same x stand next to each other.
@@ -208,6 +208,11 @@ def draw_sweep(table: Table, outcomes: list[Outcome]) -> Figure:
     return figure
 
 
+def abscissa(outcome: Outcome) -> float | None:
+    """A row's x, where it has a number."""
+    return outcome.row.x if isinstance(outcome.row.x, (int, float)) else None
+
+
 def sweep_axes(ax: Axes, table: Table, column: Column, outcomes: list[Outcome]) -> None:
     """Scales, ticks and names of a sweep's axes."""
     if column.magnitude:
@@ -215,17 +220,17 @@ def sweep_axes(ax: Axes, table: Table, column: Column, outcomes: list[Outcome]) 
     ax.set_xlabel(mathematics(table.figure.get("x_title", "")))
     if table.figure.get("log_x"):
         ax.set_xscale("log")
-        at = sorted({o.row.x for o in outcomes if isinstance(o.row.x, (int, float))})
+        at = sorted({x for o in outcomes if (x := abscissa(o)) is not None})
         apart = [x for i, x in enumerate(at) if not i or x > 1.45 * at[i - 1]]  # labels closer than this overlap
         ax.set_xticks(apart, [f"{x:g}" for x in apart], minor=False)
         ax.set_xticks([], minor=True)
-    elif xs := [o.row.x for o in outcomes if o.row.x is not None]:
+    elif xs := [x for o in outcomes if (x := abscissa(o)) is not None]:
         ax.set_xlim(*limits(xs))
 
 
 def draw_series(
     ax: Axes, column: Column, line: list[Outcome], right: float, aside: float, *, colour: str, dash: str
-) -> tuple[float | str, float] | None:
+) -> tuple[float, float] | None:
     """One line with its bars and the paper's values, or a level where rows have no x; returns the end to label.
 
     Args:
@@ -233,7 +238,7 @@ def draw_series(
         aside: how far the line is moved along x, so that its bars do not hide others'.
     """
     end = None
-    points = sorted(((o.row.x, cell_of(o, column)) for o in line if o.row.x is not None), key=lambda p: p[0])
+    points = sorted(((x, cell_of(o, column)) for o in line if (x := abscissa(o)) is not None), key=lambda p: p[0])
     ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
     if ours:
         xs, means = [x + aside for x, _ in ours], [at.mean for _, at in ours]
@@ -245,7 +250,7 @@ def draw_series(
             ax.plot(x, cell.printed, **PRINTED)
     for o in line:  # without an abscissa: a level to compare with
         level = cell_of(o, column).ours
-        if o.row.x is None and level is not None:
+        if abscissa(o) is None and level is not None:
             ax.axhline(level.mean, color=colour, linestyle="--", linewidth=1.2)
             end = right, level.mean
     return end
