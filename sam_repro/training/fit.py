@@ -64,6 +64,7 @@ def fit(cfg: Config, run: Run, data: Data, job: Job, progress: Progress) -> str:
         run.log.step()
         if progress.step == first_step:
             metrics.sum().item()  # wait for the device, this once
+            progress.spend(watch.lap(), world=run.ranks.world, first=True)
             run.log.say(memory_sentence(job.step, run.ranks.device))
             run.log.say(f"the first step was done after {time.time() - run.process_start:.0f} s")
         run.ranks.pulse(progress.step)
@@ -101,7 +102,7 @@ def log_line(
     left, batch = data.total - progress.step, cfg.recipe.batch_size
     return (
         {"step": progress.step, "epoch": progress.step / data.steps_per_epoch, **means, "lr": lr, "rho": rho}
-        | rates(progress.interval, progress.counted, left, batch, progress.hours)
+        | rates(*progress.timed(), left, batch, progress.hours)
         | lag(run.ranks.each(run.ranks.waits.take()))
         | job.step.report(progress.seconds)
     )

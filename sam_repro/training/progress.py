@@ -29,13 +29,15 @@ class Progress:
     step: int = 0  # updates made
     seconds: float = 0.0  # of these steps; evaluation, measurements and saves are not counted
     interval: float = 0.0  # seconds of the steps since the last line of the log
+    starts: int = 0  # those of these steps that were the first of a process, which compiles
+    starting: float = 0.0  # their seconds
     hours: float = 0.0  # of processors; of a shared one, this run's share
     sharing: int = 1  # the most runs that ever shared this one's GPU
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the last evaluation, by split
 
     @classmethod
     def from_checkpoint(cls, state: dict[str, Any], *, world: int) -> Progress:
-        """The fields in a checkpoint, which may be an older version's that had no `interval`, `hours` or `sharing`."""
+        """The fields in a checkpoint, which may be an older version's that lacked some of them."""
         state = {"hours": state["seconds"] * world / 3600} | state
         return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
 
@@ -53,15 +55,24 @@ class Progress:
         """The metrics' means since the last line of the log. Waits for the device."""
         return dict(zip(METRICS, (self.totals / self.counted).tolist(), strict=True))
 
-    def spend(self, seconds: float, *, world: int) -> None:
-        """The last steps took `seconds`, on `world` processors."""
+    def spend(self, seconds: float, *, world: int, first: bool = False) -> None:
+        """The last steps took `seconds`, on `world` processors; `first`: it was the first step of this process."""
         self.seconds += seconds
         self.interval += seconds
+        if first:
+            self.starts, self.starting = self.starts + 1, self.starting + seconds
         self.hours += seconds * world / 3600 / runs_per_gpu()
+
+    def timed(self) -> tuple[float, int]:
+        """Seconds and number of the interval's steps, without the first ones of a process where there are others."""
+        if self.counted > self.starts:
+            return self.interval - self.starting, self.counted - self.starts
+        return self.interval, self.counted
 
     def start_interval(self) -> None:
         """A line of the log was written."""
         self.totals, self.counted, self.interval = torch.zeros_like(self.totals), 0, 0.0
+        self.starts, self.starting = 0, 0.0
 
 
 def runs_per_gpu() -> int:

@@ -132,7 +132,7 @@ def rates(interval: float, counted: int, left: int, batch: int, hours: float) ->
     """Speed over the last interval, time left, and processor-hours so far.
 
     Args:
-        interval: seconds of the last `counted` steps.
+        interval: seconds of `counted` steps since the last line.
         left: steps.
         batch: images per step, of all ranks together.
     """

@@ -11,7 +11,7 @@ from sam_repro.training.progress import Progress
 
 # The keys of a checkpoint beside model, base, method and manifest, by the version that wrote them first.
 FIRST = {"step": 7, "seconds": 36.0, "totals": torch.ones(len(METRICS)), "counted": 2, "counts": {}}
-LATER = {"interval": 3.0, "hours": 0.5, "sharing": 4}
+LATER = {"interval": 3.0, "hours": 0.5, "sharing": 4, "starts": 1, "starting": 2.5}
 
 
 def test_what_is_saved_comes_back():
@@ -44,3 +44,23 @@ def test_means_and_hours():
     assert (progress.seconds, progress.interval, progress.hours) == (1800, 1800, 2.0)
     progress.start_interval()
     assert (progress.counted, progress.interval, progress.seconds) == (0, 0.0, 1800)
+
+
+def test_first_steps_are_not_in_the_rate():
+    """A process's first step compiles: it counts in the hours, and in the rate only where no other step was made."""
+    progress = Progress(torch.zeros(len(METRICS)))
+    progress.count(torch.ones(len(METRICS)))
+    progress.spend(60, world=1, first=True)
+    assert progress.timed() == (60, 1)
+    for _ in range(4):
+        progress.count(torch.ones(len(METRICS)))
+    progress.spend(2, world=1)
+    assert progress.timed() == (2, 4) and progress.seconds == 62
+    again = Progress.from_checkpoint(progress.state_dict(), world=1)  # a second process goes on in the same interval
+    again.count(torch.ones(len(METRICS)))
+    again.spend(30, world=1, first=True)
+    assert again.timed() == (2, 4) and again.seconds == 92
+    again.start_interval()
+    again.count(torch.ones(len(METRICS)))
+    again.spend(0.5, world=1)
+    assert again.timed() == (0.5, 1)
