@@ -1,9 +1,9 @@
 """The loaders that benchmarks/loader.py compares: each an endless iterator of (images on the device, labels).
 
-All read the same JPEG bytes (ours, but for `ours-bytes`, as `sam-repro write` stores them) and deliver 224-pixel
-training images: random-resized crop (area 5-100 %), flip, uint8, but for `torchvision` and `timm`, which also
-normalise, as their users have them do. Run as a program, this file serves one party to the benchmark: a line of seconds
-in, a line of JSON out.
+All start from the same JPEG files. Ours read them as `sam-repro write` stores them; `ours-bytes` and the other projects
+read the files' own bytes. All deliver training images of 224 pixels: random-resized crop (area 5-100 %) and flip, as
+uint8. Only `torchvision` and `timm` also normalise them, because their users do. Run as a program, this file serves one
+party to the benchmark: a line of seconds in, a line of JSON out.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
 
 The speed of a run is the lower of its step's and its loader's speeds, from results/benchmarks/. With --missing, a row
 whose other seeds are finished on this hardware takes their hours. Where nothing was measured the hours stay empty.
- FLOP = images x forward x 3 (backward is twice the forward)
-x passes of the method: each row shows its images, GFLOP of one forward pass and passes. Compiling, evaluation and
-checkpoints are not counted. GB is the memory of each GPU, with the fewest images per pass and with the fastest number
-(train.chunk); --memory 24GB shows how many a run takes on such a card.
-Finished runs stand next to their estimate: their hours, and in brackets how many they are.
+
+FLOP = images x forward x 3 (backward is twice the forward) x passes of the method: each row shows its images, GFLOP of
+one forward pass and passes. Compiling, evaluation and checkpoints are not counted. GB is the memory of each GPU, with
+the fewest images per pass and with the fastest number (train.chunk); --memory 24GB shows how many a run takes on such
+a card. Finished runs stand next to their estimate: their hours, and in brackets how many they are.
 """
 
 from __future__ import annotations

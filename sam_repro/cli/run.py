@@ -27,7 +27,6 @@ from sam_repro.runner.scheduler import Scheduler, gpu_slots, say
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's arguments."""
-    parser.parse_args = parser.parse_intermixed_args  # overrides may stand before, between and after the options
     what = "tables (names, or paths to .yaml), plans (.tsv), and overrides laid over every row's own (key=value)"
     parser.add_argument("words", nargs="+", metavar="table | plan.tsv | key=value", help=what)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per row, instead of what the table asks for")

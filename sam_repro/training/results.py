@@ -104,8 +104,8 @@ def curves(log: Path) -> dict[str, Any]:
             for place in places[(len(places) - 1) % stride :: stride]:
                 file.seek(place)
                 kept.append(parse(file.readline()) or {})
-    curves = {"train": {k: [r.get(k) for r in kept] for k in CURVES}, "eval": evals}
-    return curves | ({"sharpness": measured} if measured else {})
+    trained = {"train": {k: [r.get(k) for r in kept] for k in CURVES}, "eval": evals}
+    return trained | ({"sharpness": measured} if measured else {})
 
 
 def report(row: Row, path: Path) -> str:

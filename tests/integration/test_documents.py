@@ -131,7 +131,7 @@ def test_readme_shows_the_evidence_that_the_page_shows():
 
 @pytest.mark.slow
 def test_the_notebook_runs(monkeypatch, one_thread):
-    """Its cells run in order, and its stored output says what they print but for the last digits."""
+    """Its cells run in order. They print what is stored in the notebook; only the last digits of numbers may differ."""
     monkeypatch.setenv("MPLBACKEND", "agg")
     cells = json.loads((ROOT / "docs" / "digits.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

@@ -84,7 +84,7 @@ def recode(data: bytes, segment: int) -> bytes | None:
     function = getattr(_keep[0], SYMBOLS[2])
     function.restype = ctypes.c_int64
     size = function(data, ctypes.c_uint64(len(data)), ctypes.c_int64(segment), out, ctypes.c_uint64(len(out)))
-    return out.raw[:size] if size > 0 else None
+    return ctypes.string_at(out, size) if size > 0 else None
 
 
 _keep: list[ctypes.CDLL] = []

@@ -93,8 +93,8 @@ def shades(colour: str, n: int) -> list[str]:
     from matplotlib.colors import to_hex, to_rgb
 
     steps = [0.0, -0.5][:n] if n <= 2 else list(np.linspace(0.5, -0.6, n))
-    mix = lambda c, t: c + (1 - c) * t if t > 0 else c * (1 + t)  # noqa: E731
-    return [colour if t == 0 else to_hex([mix(c, t) for c in to_rgb(colour)]) for t in steps]
+    rgb = np.array(to_rgb(colour))
+    return [colour if t == 0 else to_hex(rgb + (1 - rgb) * t if t > 0 else rgb * (1 + t)) for t in steps]
 
 
 def mathematics(text: str) -> str:
