@@ -4,8 +4,9 @@ Layout (little-endian): header (24 bytes), one descriptor per field (1,041 bytes
 bytes), zeros up to a page, pages of data, allocation table (24 bytes per sample). No sample crosses a page, which is
 what FFCV's own page reader needs. Our files have the fields `image` (RGBImageField, JPEG or raw pixels) and `label`
 (IntField), and FFCV's Loader reads them. Each sample is followed by the CRC-32 of its bytes, which decoders never look
-at and `BetonFile.sample` checks. FFCV believes whatever a file says and crashes, hangs or returns garbage when it is
-damaged, so everything is checked here before FFCV sees it.
+at and `BetonFile.sample` checks. The table's size of a JPEG includes it, that of raw pixels does not. FFCV believes
+whatever a file says and crashes, hangs or returns garbage when it is damaged, so everything is checked here before FFCV
+sees it.
 """
 
 from __future__ import annotations
@@ -102,9 +103,10 @@ class BetonFile:
         metadata, allocations = np.frombuffer(raw_metadata, SAMPLE), np.frombuffer(raw_table, ALLOCATION)
         image = metadata["image"]
         pointer, stored = _check_allocations(path, image, allocations, page=page, table=table)
-        size, raw = stored - CRC, image["mode"] == RAW_MODE
+        raw = image["mode"] == RAW_MODE
         heights, widths = image["height"].astype(np.int64), image["width"].astype(np.int64)
-        if not np.array_equal(size[raw], 3 * heights[raw] * widths[raw]):
+        size = np.where(raw, 3 * heights * widths, stored - CRC)
+        if ((stored[raw] != size[raw]) & (stored[raw] != size[raw] + CRC)).any():  # with the checksum: our older files
             raise UserError(f"{path} is damaged, or not of `sam-repro write`: raw pixels do not fit their size")
         if min(heights.min(), widths.min()) < MIN_SIDE:
             raise UserError(f"{path} is damaged or unusable: an image is smaller than {MIN_SIDE} pixels")
@@ -243,6 +245,8 @@ class BetonWriter:
             raise UserError("there is no sample to write")
         table = -(-self.position // PAGE) * PAGE
         self.file.write(bytes(table - self.position))
+        raw = self.metadata["image"]["mode"][: self.count] == RAW_MODE
+        self.allocations["size"][: self.count][raw] -= CRC  # FFCV takes all of a sample's bytes to be its pixels
         self.file.write(self.allocations[: self.count].tobytes())
         self.file.seek(0)
         self.file.write(np.array([(VERSION, len(FIELDS), PAGE, self.count, table)], HEADER).tobytes())

@@ -74,6 +74,41 @@ def test_ffcv_reads_the_same(beton, os_cache):
     assert np.abs(np.concatenate(images)[3].astype(int) - image).max() <= 12  # FFCV decodes with a fast transform
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcv_reads_the_same_raw_pixels(tmp_path, os_cache):
+    pytest.importorskip("ffcv", reason="ffcv is not installed")
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+    from ffcv.loader import Loader
+    from ffcv.transforms import ToTensor
+
+    path, pixels = tmp_path / "raw.beton", np.random.default_rng(0).integers(0, 256, (21, 9, 9, 3), dtype=np.uint8)
+    write_beton(path, [(x.tobytes(), 9, 9, i % 3, True) for i, x in enumerate(pixels)], capacity=21)
+    pipelines = {"image": [CenterCropRGBImageDecoder((9, 9), 1.0), ToTensor()], "label": [IntDecoder(), ToTensor()]}
+    loader = Loader(str(path), batch_size=7, num_workers=1, os_cache=os_cache, pipelines=pipelines)
+    images, labels = zip(*[(x.clone(), y.clone()) for x, y in loader], strict=True)
+    assert np.array_equal(np.concatenate(images), pixels)
+    assert np.concatenate(labels).ravel().tolist() == [i % 3 for i in range(21)]
+    del loader
+    gc.collect()
+
+
+def test_raw_pixels_whose_size_in_the_table_has_the_checksum(tmp_path):
+    """As in files written before FFCV could read ours."""
+    path, pixels = tmp_path / "raw.beton", np.random.default_rng(0).integers(0, 256, (3, 12, 9, 3), dtype=np.uint8)
+    write_beton(path, [(x.tobytes(), 12, 9, i, True) for i, x in enumerate(pixels)], capacity=3)
+    content = bytearray(path.read_bytes())
+    table = np.frombuffer(content, ALLOCATION, 3, len(content) - 3 * ALLOCATION.itemsize)
+    assert table["size"].tolist() == [12 * 9 * 3] * 3
+    for more, right in ((4, True), (3, False), (-1, False)):
+        table["size"] = 12 * 9 * 3 + more
+        path.write_bytes(content)
+        if right:
+            assert all(BetonFile.open(path).sample(i) == x.tobytes() for i, x in enumerate(pixels))
+        else:
+            assert "raw pixels do not fit their size" in refused(path)
+
+
 def refused(path) -> str:
     with pytest.raises(UserError) as caught:
         BetonFile.open(path)
