@@ -12,7 +12,6 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,13 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loader_peers import PEERS
+from loader_peers import PEERS, RATIO, SCALE, SIZE, Batches
 
 from sam_repro.config.schema import AugmentConfig, DataConfig
 
-SIZE, SCALE, RATIO = 224, (0.05, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _torchvision(root: Path, batch: int, workers: int, device: torch.device, *, normalise: bool) -> Batches:

@@ -1,8 +1,8 @@
 """Loaders of other projects that loader_parties.py adds where they are installed: tf.data, simplejpeg, DALI.
 
 Each decodes on the processor, crops as its users do (area 5-100 %, ratio 3/4-4/3), resizes to 224 pixels without
-antialiasing where it has a choice, flips, and delivers uint8 [batch, 224, 224, 3]. What reads files from memory is
-spared the reading.
+antialiasing where it has a choice, flips, and delivers uint8 [batch, 224, 224, 3]. tf.data and simplejpeg have the
+files in memory, so they are spared the reading.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def in_memory(root: Path) -> tuple[list[bytes], list[int]]:
     return [known[os.stat(path).st_ino] for path in paths], labels
 
 
-def random_box(height: int, width: int, ratios: tuple[float, float] = RATIO) -> tuple[int, int, int, int]:
+def random_box(height: int, width: int) -> tuple[int, int, int, int]:
     """(top, left, h, w) of torchvision's RandomResizedCrop."""
     for _ in range(10):
         area = height * width * random.uniform(*SCALE)
-        ratio = math.exp(random.uniform(math.log(ratios[0]), math.log(ratios[1])))
+        ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return random.randint(0, height - h), random.randint(0, width - w), h, w
