@@ -77,10 +77,9 @@ def claims(tables: list[JoinedTable]) -> dict[str, list[dict[str, str]]]:
         if j.p is not None
     ]
     entries.sort(key=lambda claim: not claim["word"].startswith("confirmed"))
-    is_open = [claim["word"].startswith("open") for claim in entries]
     return {
-        "decided": [claim for claim, still in zip(entries, is_open, strict=True) if not still],
-        "open": [claim for claim, still in zip(entries, is_open, strict=True) if still],
+        "decided": [claim for claim in entries if not claim["word"].startswith("open")],
+        "open": [claim for claim in entries if claim["word"].startswith("open")],
     }
 
 
