@@ -40,6 +40,7 @@ QUEUE=(
   "study_noise --only resnet18/[vs]*=0.4 --only *-s[1-3]-*"
   "study_noise_search"
   "study_noise --only *=0.4 --only *-s[1-3]-*"
+  "study_noise --only *=0.4 --only *-s[1-5]-*"
   "study_noise --only *=0.8 --only *-s[1-3]-*"
   "study_tiny_search2"
   "study_tiny --only *-s[1-5]-*"

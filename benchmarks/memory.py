@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--total", type=float, default=132, help="GB that all runs together may use")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after so many")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a file to go on with: what it holds is not run again")
     return parser.parse_args()
 
 
@@ -131,10 +131,10 @@ def work(tasks: Any, results: Any, room: Any, used: Any, args: argparse.Namespac
     """One process: models under caps, until there are none or time is up. A model's methods share compiled code."""
     while True:
         try:
-            model, cap = tasks.get(timeout=1)
+            model, methods, cap = tasks.get(timeout=1)
         except Exception:
             return
-        for method in args.methods:
+        for method in methods:
             if time.time() > end:
                 return
             entry = {"kind": "memory", "model": model, "method": method, "cap_gb": cap, "image_size": 224}
@@ -165,20 +165,23 @@ def main() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sam_repro_compiled"))
     context, end = multiprocessing.get_context("spawn"), time.time() + args.seconds
     tasks, results, room = context.Queue(), context.Queue(), context.Condition()
+    result = json.loads(args.output.read_text()) if args.output and args.output.exists() else {"entries": []}
+    done = {(e["model"], e["method"], e["cap_gb"]) for e in result["entries"] if e["kind"] == "memory" and "error" not in e}
     for cap in args.caps:
         for model in args.models:
-            tasks.put((model, cap))
+            missing = [method for method in args.methods if (model, method, cap) not in done]
+            tasks.put((model, missing, cap))
     used = context.Value("d", 0.0, lock=False)
     count = 1 if args.alone else args.processes
     processes = [context.Process(target=work, args=(tasks, results, room, used, args, end)) for _ in range(count)]
     for process in processes:
         process.start()
-    result = {"date": time.strftime("%Y-%m-%d"), **ledger.provenance(), "entries": []}
+    result |= {"date": time.strftime("%Y-%m-%d"), **ledger.provenance()}
     while any(p.is_alive() for p in processes) or not results.empty():
         with contextlib.suppress(Exception):
             entry = results.get(timeout=1)
             result |= {"hardware": entry.pop("hardware")} if "hardware" in entry else {}
-            result["entries"].append(entry)
+            result["entries"].append(entry | {"commit": result["commit"]})
             print(json.dumps(entry), flush=True)
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
