@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from paper_rows import write_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (apt-get install chromium)")
 
 
@@ -109,13 +110,44 @@ def test_the_page_opens_with_what_was_shown_and_claims_nothing_that_was_not_run(
     assert ">measured<" not in text and 'id="table6"' in text.split("<h3>Pending</h3>")[1]
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page of everything that is in results/."""
+    folder, figures = tmp_path_factory.mktemp("stored"), RESULTS / "figures"
+    (folder / "index.html").write_text(report([], RESULTS / "runs", figures))
+    return folder
+
+
+def test_the_page_is_in_order(stored: Path) -> None:
+    """Claims with effect and n, the picture, studies, the papers' tables with what is pending folded, the rest."""
+    text = (stored / "index.html").read_text()
+    order = ('id="claims"', 'class="plot evidence"', 'id="studies"', 'id="papers"', 'id="runs"', 'id="deviations"')
+    places = [text.index(word) for word in order]
+    assert places == sorted(places)
+    claims = text[places[0] : places[1]]
+    assert claims.count("(n = ") > 30 and "confirmed" in claims and "contradicted" in claims
+    assert "reproduced" not in text.replace("no number of the papers has been reproduced yet", "")
+    table1 = text[text.index('id="table1"') : text.index('id="table2"')]
+    assert "0 of 108 runs" in table1 and "76.8" in table1 and ">difference<" not in table1
+    assert text.rindex("<h3>Pending</h3>", 0, places[4]) < text.index('id="table1"') < places[4]
+
+
 @needs_browser
-def test_every_stored_figure_is_on_the_page_and_inside_it(tmp_path: Path) -> None:
-    figures = Path(__file__).resolve().parents[2] / "results" / "figures"
-    (tmp_path / "index.html").write_text(report([], figures.parent / "runs", figures))
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_table_fits_the_desk_and_scrolls_on_a_phone(stored: Path, width: int) -> None:
+    script = """
+      document.querySelectorAll('details').forEach(d => d.open = true);
+      const wide = [...document.querySelectorAll('.scroll')].filter(d => d.scrollWidth > d.clientWidth);
+      document.title = wide.map(d => d.closest('details').id).join() + '/' + document.documentElement.scrollWidth;"""
+    scrolling, inner = browse(stored, script, width=width).split("/")
+    assert int(inner) <= width and (width < 1280 or not scrolling)
+
+
+@needs_browser
+def test_every_stored_figure_is_on_the_page_and_inside_it(stored: Path) -> None:
     script = """
       document.querySelectorAll('details').forEach(d => d.open = true);
       document.title = document.querySelectorAll('.plot svg').length + '/' + document.documentElement.scrollWidth;"""
     for width in (390, 1280):
-        drawn, inner = map(int, browse(tmp_path, script, width=width).split("/"))
-        assert drawn == len(list(figures.glob("*.svg"))) and inner <= width
+        drawn, inner = map(int, browse(stored, script, width=width).split("/"))
+        assert drawn == len(list((RESULTS / "figures").glob("*.svg"))) and inner <= width

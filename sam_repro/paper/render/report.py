@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sam_repro.paper.render.chart import Chart, line_chart
 from sam_repro.paper.render.numbers import hours_words
 from sam_repro.paper.render.overview import EVIDENCE, is_study, summary
 from sam_repro.paper.render.page import page
-from sam_repro.paper.render.sheet import method_of, sheet_of
+from sam_repro.paper.render.sheet import Sheet, method_of, sheet_of
 from sam_repro.records.ledger import Row
 
 SPEED = {"speed": "What a step costs", "scaling": "Many GPUs of one host"}  # figures of benchmarks/report.py
@@ -39,16 +40,15 @@ def assemble(tables: list[JoinedTable], figures: dict[str, Markup] | None = None
     """The whole page: claims and evidence, studies, the papers' tables, runs, costs, deviations."""
     figures = figures or {}
     rows = {run_id: row for table in tables for run_id, row in table.rows.items()}
-    ordered = sorted(tables, key=lambda joined: not is_study(joined.table))
-    entries = [table_entry(joined, figures) for joined in ordered]
+    studies, papers = ([t for t in tables if is_study(t.table) is mine] for mine in (True, False))
     return page(
         "report.html",
         title="Sharpness-aware training: what came out",
         summary=summary(tables),
         evidence=figures.get(EVIDENCE),
         claims=claims(tables),
-        begun=[entry for entry in entries if entry["runs"]],
-        pending=[entry for entry in entries if not entry["runs"]],
+        studies=begun_and_pending(studies, figures),
+        papers=begun_and_pending(papers, figures),
         speed=[(title, figures[name]) for name, title in SPEED.items() if name in figures],
         runs=[run_entry(row) for _, row in sorted(rows.items())],
         costs=[costs(table) for table in tables],
@@ -71,10 +71,11 @@ def figures_in(folder: Path) -> dict[str, Markup]:
 def claims(tables: list[JoinedTable]) -> dict[str, list[dict[str, str]]]:
     """The claims that could be tested: those decided, the confirmed ones first, and those open."""
     entries = [
-        {"word": j.word, "text": j.text, "why": j.why, "table": t.table.name, "title": t.table.title}
+        {"word": j.word, "text": j.text, "effect": effect, "limits": limits, "table": t.table.name, "title": short(t)}
         for t in tables
         for j in judged(t.table, t.outcomes)
         if j.p is not None
+        for effect, limits in [re.fullmatch(r"(.*?\)\.) ?(.*)", j.why).groups()]
     ]
     entries.sort(key=lambda claim: not claim["word"].startswith("confirmed"))
     return {
@@ -83,25 +84,58 @@ def claims(tables: list[JoinedTable]) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def short(joined: JoinedTable) -> str:
+    """A table's title as it stands below a heading: without "Study: ", with a capital where a word begins it."""
+    first, _, rest = joined.table.title.removeprefix("Study: ").partition(" ")
+    return f"{first[0].upper() + first[1:] if len(first) > 1 else first} {rest}"
+
+
+def begun_and_pending(tables: list[JoinedTable], figures: dict[str, Markup]) -> dict[str, list[dict[str, Any]]]:
+    """The tables that have a number of ours, and those that have none."""
+    entries = [table_entry(joined, figures) for joined in tables]
+    return {"begun": [e for e in entries if e["begun"]], "pending": [e for e in entries if not e["begun"]]}
+
+
+def state_of(joined: JoinedTable, *, begun: bool) -> str:
+    """How far a table is."""
+    if joined.problem:
+        return f"cannot be planned yet: {joined.problem}"
+    if not joined.runs:
+        return "needs no run" if begun else "planned when its search is done"
+    return f"{len(joined.rows)} of {len(joined.runs)} runs"
+
+
 def table_entry(joined: JoinedTable, figures: dict[str, Markup]) -> dict[str, Any]:
     """A table that folds, with its figure where it has runs."""
     t, outcomes = joined.table, joined.outcomes
     title_words = [t.name, t.title, *t.warnings]  # words that every row answers to
+    sheet = sheet_of(t, outcomes)
+    begun = any(cell.ours for o in outcomes for cell in o.cells) or bool(joined.rows)
     return {
         "name": t.name,
-        "title": t.title,
+        "title": short(joined),
         "source": t.source,
-        "state": f"cannot be planned yet: {joined.problem}"
-        if joined.problem
-        else f"{len(joined.rows)} of {len(joined.runs)} runs",
-        "runs": len(joined.rows),
+        "state": state_of(joined, begun=begun),
+        "begun": begun,
         "figure": figures.get(t.name) if joined.rows else None,
         "words": " ".join([*title_words, *(f"{r.id} {r.model} {r.method} {' '.join(r.warnings)}" for r in t.rows)]),
         "title_words": " ".join(title_words),
-        "sheet": sheet_of(t, outcomes) if outcomes else None,
+        "sheet": without_runs(sheet) if not joined.rows and ("paper" in sheet.header or not begun) else sheet,
         "links": [links_of(o) for o in outcomes],
         "ids": [o.row.id for o in outcomes],
     }
+
+
+def without_runs(sheet: Sheet) -> Sheet:
+    """A table that no run has filled: one column for the paper's four, and a setting of ours only where it differs."""
+    paper = [i for i, title in enumerate(sheet.header) if title == "paper"]
+    header = [*sheet.header[:2], *(f"{sheet.header[i - 1]} (paper)" for i in paper)]
+    lines = []
+    for line in sheet.lines:
+        differs = [line[i + 2] == "differs" for i in paper]
+        values = [f"{line[i]}; ours {line[i - 1]}" if d else line[i] for i, d in zip(paper, differs, strict=True)]
+        lines.append([*line[:2], *values])
+    return replace(sheet, header=header, lines=lines)
 
 
 def links_of(o: Outcome) -> dict[str, Any]:

@@ -70,8 +70,9 @@ def point_of(row: TableRow) -> list[str]:
 
 CURVES = (("surrogate_gap", "h"), ("cosine", "cos θ"))
 GAP = (
-    "h and cos θ: of training steps (groups of m augmented images), mean over the last logged interval, at each "
-    "run's own ρ; h compares methods only at equal ρ and m. 2h/ρ² has another h: of fixed images, in evaluation mode"
+    "h and cos θ are means over the last logged interval of training, per group of m augmented images, at each run's "
+    "own ρ. So h compares methods only at equal ρ and m. The h in 2h/ρ² is another one: of fixed images, in evaluation "
+    "mode"
 )
 
 
@@ -163,6 +164,6 @@ def sentences_of(p: Provenance | None) -> list[str]:
         f"{p.runs} runs, seeds {', '.join(map(str, p.seeds))}, {hours_words(p.hours)} processor hours, "
         f"{' to '.join(p.dates)}",
         f"commit {', '.join(p.commits)}; {'; '.join(p.hardware)}; {', '.join(p.versions)}",
-        "Intervals: 95 %, Student's t over seeds (their number in brackets); they leave out the error of the test set. "
-        "p: two-sided paired t-test, not corrected for the number of comparisons.",
+        "Intervals are Student's t over seeds, 95 %; the number of seeds is in brackets. They leave out the error of the "
+        "test set. p values are of two-sided paired t-tests, not corrected for the number of comparisons.",
     ]
