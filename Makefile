@@ -43,9 +43,10 @@ format: $(READY) ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-api: $(READY) ## a page for every public module in build/api, from the docstrings
-	$(PYTHON) -m pip install -q -e '.[docs]'
-	$(PYTHON) -m pdoc --math --docformat google -o build/api sam_repro.optim sam_repro.curvature sam_repro.data sam_repro.models.build sam_repro.config.schema sam_repro.records.ledger sam_repro.paper.spec
+API := optim curvature data models.build config.schema records.ledger paper.spec
+api: $(READY) ## pages about the public classes and functions in build/api, from the docstrings
+	$(PYTHON) -m pdoc --docformat google --no-include-undocumented --footer-text sam-repro -o build/api $(API:%=sam_repro.%)
+	@echo "open build/api/index.html"
 
 clean: ## remove the environment; runs/ (weights) and data/ stay
 	rm -rf $(VENV)

@@ -33,7 +33,8 @@ class EntropySGD(GradientStep):
     Metrics: "loss" is at w, "loss_robust" at the walk's last y; "grad_norm" is of grad f(w), "grad_norm_robust" of
     w - mu, "cosine" between grad f(w), the mean over all groups, and w - mu. rho is not used.
 
-    Args (besides GradientStep's objective, params, buffers, m, chunk, all_reduce, rank, world, stochastic):
+    Args:
+        arguments, keywords: GradientStep's objective, params, buffers, m, chunk, all_reduce, rank, world, stochastic.
         steps: L.
         parts: see above; must divide the local batch, and m a part.
         lr: eta.

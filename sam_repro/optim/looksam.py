@@ -21,7 +21,8 @@ class LookSAMStep(GradientStep):
     are the base optimizer's. Any perturbation and combination; LookSAM is sam x robust. Liu et al. 2022, eq. 7 and
     Algorithm 1. A clean step costs one pass.
 
-    Args (besides GradientStep's):
+    Args:
+        arguments, keywords: GradientStep's.
         every: k.
         reuse: LookSAM's alpha.
 

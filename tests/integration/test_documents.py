@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from argparse import ArgumentParser
 from importlib import import_module
 from pathlib import Path
@@ -90,6 +92,34 @@ def test_every_command_is_accepted(words, tmp_path, monkeypatch):
         parser.parse_intermixed_args(rest[1:])
     else:
         assert program in ELSEWHERE, f"the test does not know {program}"
+
+
+@pytest.mark.slow
+def test_make_api_makes_pages(tmp_path):
+    """`make api` as typed, but for its folder: quiet, a page per module, arguments as lists."""
+    pytest.importorskip("pdoc")
+    line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if "-m pdoc" in x)
+    modules = re.search(r"^API := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    typed = [sys.executable, *line.replace("-o build/api", f"-o {tmp_path}").split()[1:-1]]
+    made = subprocess.run(
+        [*typed, *(f"sam_repro.{name}" for name in modules)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert made.returncode == 0 and not made.stdout + made.stderr
+    pages = {name: (tmp_path / "sam_repro" / f"{name.replace('.', '/')}.html").read_text() for name in modules}
+    assert "<strong>alpha:</strong>" in pages["optim"] and "<script src" not in pages["optim"]
+
+
+SECTION = re.compile(r"^\s*(?:Args|Arguments|Returns|Raises|Attributes)\b.*:$", re.MULTILINE)
+
+
+def test_docstrings_have_sections_that_the_api_pages_know():
+    """ "Args (besides ...):" would be one paragraph."""
+    texts = {path: path.read_text() for path in (ROOT / "sam_repro").rglob("*.py")}
+    found = [(path.name, head) for path, text in texts.items() for head in SECTION.findall(text)]
+    assert len(found) > 100
+    assert not [
+        (name, head) for name, head in found if head.strip() not in ("Args:", "Returns:", "Raises:", "Attributes:")
+    ]
 
 
 def test_readme_fits_two_minutes():

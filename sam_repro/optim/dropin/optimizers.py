@@ -397,9 +397,10 @@ class SharpnessAware(torch.optim.Optimizer):
 class SAM(SharpnessAware):
     """SAM: descend grad f(w + rho g / ||g||).
 
-    Args (besides SharpnessAware's):
+    Args:
         rho: radius, the norm of the perturbation over all weights.
         adaptive: davda54/sam's switch to ASAM.
+        kwargs: SharpnessAware's other arguments, and the base optimizer's.
 
     Source: Foret et al. 2021, eq. 2 and 3.
     """
@@ -411,8 +412,9 @@ class SAM(SharpnessAware):
 class ASAM(SharpnessAware):
     """ASAM: SAM in a ball that scales with the weights, eps = rho w^2 g / ||w g||.
 
-    Args (besides SharpnessAware's):
+    Args:
         rho: radius in that metric: about ten times SAM's.
+        kwargs: SharpnessAware's other arguments, and the base optimizer's.
 
     Source: Kwon et al. 2021, eq. 8, with eta = 0 and all parameters scaled.
     """
@@ -426,9 +428,10 @@ class GSAM(SharpnessAware):
 
         d = g_p - alpha (g - (<g, g_p> / ||g_p||^2) g_p)
 
-    Args (besides SharpnessAware's):
+    Args:
         rho: radius, the norm of the perturbation over all weights.
         alpha: weight of the ascent; 0 is SAM.
+        kwargs: SharpnessAware's other arguments, and the base optimizer's.
 
     Source: GSAM paper, Algorithm 1, steps 3 and 4.
     """

@@ -81,7 +81,8 @@ class Chunk:
 class FusedStep(GradientStep):
     """GradientStep for any perturbation with a linear combination, fp32 parameters on one CUDA device.
 
-    Args (besides GradientStep's):
+    Args:
+        arguments, keywords: GradientStep's.
         chunk: images per pass at most, cut down to whole groups; 0 sets no limit. More than m gives the objective
             parameters with a leading dimension of groups (models/layers/grouped.py) and the images of all these groups,
             and wants the mean loss over all of them; no buffers.
