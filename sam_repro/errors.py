@@ -3,6 +3,7 @@
 import os
 import re
 
+DIVERGED = 3  # exit code of a run whose loss is not finite: a result
 LOST = os.EX_TEMPFAIL  # 75, the exit code of a rank whose peers are gone: the same command may well work again
 
 

@@ -14,7 +14,7 @@ import yaml
 from sam_repro.config.checks import refuse_unread, validate
 from sam_repro.config.compose import explain, refuse_words, register_schema, typed
 from sam_repro.config.files import choices, config_dir, folders
-from sam_repro.errors import RankLost, UserError
+from sam_repro.errors import DIVERGED, RankLost, UserError
 from sam_repro.records import failure
 from sam_repro.training.signals import Interrupted, StopSignal, ignore_signals
 
@@ -86,7 +86,7 @@ def cli() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     if "diverged" in statuses:
-        sys.exit(3)
+        sys.exit(DIVERGED)
 
 
 def compose_and_train(statuses: list[str]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.records.files import write_atomic
@@ -49,6 +51,21 @@ def read_row(path: Path) -> Row:
 def read_ledger(ledger_dir: str | Path) -> list[Row]:
     """All rows of a folder, by run id."""
     return [read_row(path) for path in sorted(Path(ledger_dir).glob("*.json"))]
+
+
+def summary_of(row: Row) -> dict[str, Any]:
+    """What W&B's table of runs can be sorted by, under the names of its curves (records.log.metrics_of).
+
+    The values are those of tables: at the end of training, not the best on the way. The speed is the median interval's.
+    """
+    found: dict[str, Any] = {f"{name}/accuracy": 100 * c["correct"] / c["total"] for name, c in row["evals"].items()}
+    found |= {f"sharpness/{k}": v for k, v in row.get("sharpness", {}).items() if isinstance(v, (int, float))}
+    found |= {key: row[key] for key in ("status", "m", "hours") if key in row}
+    if seconds := [s for s in row.get("curves", {}).get("train", {}).get("step_seconds", []) if s]:
+        found["images_per_second"] = row["config"]["recipe"]["batch_size"] / statistics.median(seconds)
+    if "peak_bytes" in row:
+        found["peak_GB"] = row["peak_bytes"] / 1e9
+    return found
 
 
 @cache

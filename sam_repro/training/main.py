@@ -37,7 +37,7 @@ def main(cfg: Config, overrides: list[str] | None = None, *, process_start: floa
     ledger.provenance()  # remembered now, before anybody goes on in the checkout
     if row := finished(cfg):
         return row
-    with running(cfg, process_start or time.time()) as run:
+    with running(cfg, process_start or time.time(), overrides or []) as run:
         if run.ranks.first(run.row_path.exists()):  # another process has finished it in the meantime
             run.ranks.finish()
             return ledger.read_row(run.row_path)

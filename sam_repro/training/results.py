@@ -10,6 +10,7 @@ from typing import Any
 from sam_repro.config.compose import to_dict
 from sam_repro.config.run_id import config_hash
 from sam_repro.config.schema import Config
+from sam_repro.errors import DIVERGED
 from sam_repro.optim import METRICS
 from sam_repro.records import ledger
 from sam_repro.records.files import write_atomic
@@ -79,7 +80,7 @@ def write_results(
             row["weights_sha256"] = checkpoint.export(job.model, run.dir / "model.safetensors", description)
             write_atomic(run.dir / "model_card.md", model_card(row))
         path = ledger.write_row(cfg.log.ledger_dir, row)
-        run.log.close()
+        run.log.close(DIVERGED if status == "diverged" else 0, row)
         run.log.say(report(row, path))
     return row
 

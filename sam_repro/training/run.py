@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -64,13 +65,13 @@ class Run:
     def leave(self, number: int, step: int, total: int) -> NoReturn:
         """End the process after a signal, once everything is saved."""
         self.log.say(f"stopped at step {step} of {total} and saved; the same command goes on from there")
-        self.log.close()
+        self.log.close(128 + number)
         self.ranks.finish()
         raise Interrupted(128 + number)
 
 
 @contextmanager
-def running(cfg: Config, process_start: float) -> Iterator[Run]:
+def running(cfg: Config, process_start: float, overrides: list[str]) -> Iterator[Run]:
     """Join the ranks, take the run's folder, and hear signals, until the block ends.
 
     An exception that leaves the block is noted in the run's folder, and told to the other ranks before this one goes.
@@ -93,7 +94,7 @@ def running(cfg: Config, process_start: float) -> Iterator[Run]:
             bf16 = use_bf16(cfg.train.dtype, ranks.device)
             seed_everything(cfg, ranks)
             if ranks.main:
-                lock = open_run(cfg, run_dir, row_path)
+                lock = open_run(cfg, run_dir, row_path, overrides)
                 exits.callback(lock.release)
                 ranks.on_loss(lambda why: failure.give_up(run_dir, lock, why))
             yield Run(name, run_dir, row_path, ranks, bf16, log, lock, signal, process_start, exits)
@@ -102,7 +103,7 @@ def running(cfg: Config, process_start: float) -> Iterator[Run]:
             if lock is not None:
                 leave_trace(run_dir, lock, error)
             ranks.farewell(failure.sentence_of(error), failure.exit_code(error))
-            log.close()  # the next run of this process has its own
+            log.close(failure.exit_code(error))  # the next run of this process has its own
             raise error
 
 
@@ -118,8 +119,8 @@ def leave_trace(run_dir: Path, lock: RunLock, error: Exception) -> None:
         run_dir.rmdir()
 
 
-def open_run(cfg: Config, run_dir: Path, row_path: Path) -> RunLock:
-    """Make the run directory, take its lock, and leave the resolved configuration in it."""
+def open_run(cfg: Config, run_dir: Path, row_path: Path, overrides: list[str]) -> RunLock:
+    """Make the run directory, take its lock, and leave the resolved configuration in it, under how to repeat it."""
     try:
         rows = row_path.parent  # needed in days, but it costs nothing to know now
         rows.mkdir(parents=True, exist_ok=True)
@@ -133,10 +134,19 @@ def open_run(cfg: Config, run_dir: Path, row_path: Path) -> RunLock:
         failure.clear(run_dir)
         remove_temporaries(run_dir)
         remove_temporaries(rows, row_path.name)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+        configuration = yaml.safe_dump(to_dict(cfg), sort_keys=False)
+        (run_dir / "config.yaml").write_text(how_to_repeat(overrides, row_path) + configuration)
     except OSError as error:
         raise UserError(f"cannot write in {run_dir}: {error}") from error
     return lock
+
+
+def how_to_repeat(overrides: list[str], row_path: Path) -> str:
+    """Comment lines with the command, the commit and the place of the ledger row; W&B has them as the run's notes."""
+    made = ledger.provenance()
+    lines = [f"`sam-repro train {shlex.join(overrides)}` repeats this run."] if overrides else []
+    lines += [f"Commit {made['commit']}{', with uncommitted changes' if made['dirty'] else ''}."]
+    return "".join(f"# {line}\n" for line in [*lines, f"Its ledger row, once it is done: {row_path}"])
 
 
 def use_bf16(dtype: str, device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sam_repro.config.schema import Config
 from sam_repro.records.files import write_atomic
+from sam_repro.records.ledger import Row
 from sam_repro.records.log import Record, clock, finite, metrics_of, stream_log
 from sam_repro.training.wandb_writer import start_tracking
 
@@ -53,7 +54,7 @@ class RunLog:
         self.lines = not bar
         self.bar = tqdm(total=total, initial=step, desc=self.run_id, unit="step", disable=not bar, dynamic_ncols=True)
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self.tracker = start_tracking(self.run_dir, self.cfg, self.run_id, self.say)
+        self.tracker = start_tracking(self.run_dir, self.cfg, self.say)
 
     def step(self) -> None:
         """One update was made."""
@@ -101,15 +102,15 @@ class RunLog:
         with contextlib.suppress(OSError):
             self.bar.set_postfix_str(words)
 
-    def close(self) -> None:
-        """Flush everything; once."""
+    def close(self, code: int = 0, row: Row | None = None) -> None:
+        """Flush everything, once; `code` and `row` are for W&B: how the process will exit, and what came out."""
         if self.file is None or self.file.closed:
             return
         with contextlib.suppress(OSError):
             self.bar.close()
         self.file.close()
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(code, row)
 
 
 def summary(record: Record) -> str:

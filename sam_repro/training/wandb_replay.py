@@ -1,4 +1,4 @@
-"""A run's log replayed to W&B after the fact: the same metrics as `wandb_writer` sends while it trains."""
+"""A run's log replayed to W&B after the fact: the same as `wandb_writer` sends while it trains."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
-from sam_repro.errors import UserError
+from sam_repro.errors import DIVERGED, UserError
+from sam_repro.records.ledger import read_row, row_path
 from sam_repro.records.log import metrics_of, read_log
-from sam_repro.training.wandb_writer import identity
+from sam_repro.training.wandb_run import begin, end
 
 
 def replay(folder: Path, *, project: str | None, entity: str | None, mode: str) -> str:
-    """Log one run's records; returns the run's address, or the folder of its offline files."""
+    """Log one run's records, pictures and ledger row; returns the run's address, or the folder of its offline files."""
     import wandb
 
     try:
@@ -24,19 +25,13 @@ def replay(folder: Path, *, project: str | None, entity: str | None, mode: str) 
     for record in read_log(folder / "log.jsonl"):
         by_step.setdefault(record["step"], {}).update(metrics_of(record))
     try:
-        synced = wandb.init(
-            project=project or config["log"]["project"],
-            entity=entity,
-            dir=str(folder),
-            mode=mode,  # pyright: ignore[reportArgumentType]: one of the choices
-            resume="allow",
-            **identity(config, folder.name),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        synced = begin(folder, config, mode=mode, project=project or "", entity=entity)
     except wandb.errors.Error as error:
         raise UserError(f"W&B did not start: {error}") from None
     for step, metrics in sorted(by_step.items()):
         synced.log(metrics, step=step)
     where = synced.url if mode == "online" else str(Path(synced.dir).parent)
-    synced.finish()
+    path = row_path(config["log"]["ledger_dir"], folder.name)
+    row = read_row(path) if path.exists() else None
+    end(synced, folder, row, code=DIVERGED if row and row["status"] == "diverged" else 0)
     return where or folder.name

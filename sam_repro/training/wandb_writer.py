@@ -7,7 +7,6 @@ import contextlib
 import netrc
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,81 +15,73 @@ from urllib.parse import urlsplit
 
 from sam_repro.config.compose import to_dict
 from sam_repro.config.schema import Config
+from sam_repro.records.ledger import Row
+from sam_repro.training.wandb_run import begin, end
 
 PATIENCE = 30.0  # seconds that the end of a run waits for the last of it to be sent
 
 
 class Tracker:
-    """One W&B run, always of the same id, fed through a queue.
+    """One W&B run, fed through a queue. log.jsonl has everything that W&B missed."""
 
-    log.jsonl has everything, so what W&B missed is shown there later by `sam-repro sync`.
-    """
-
-    def __init__(self, run_dir: Path, cfg: Config, *, run_id: str, mode: str):
+    def __init__(self, run_dir: Path, cfg: Config, *, mode: str, say: Callable[[str], object]):
         self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
-        self.run_dir = run_dir
-        self.settings: dict[str, Any] = {
-            "project": cfg.log.project,
-            "resume": "allow",
-            "dir": str(run_dir),
-            "mode": mode,
-        }
-        self.settings |= identity(to_dict(cfg), run_id)
+        self.run_dir, self.mode, self.say = run_dir, mode, say
+        self.config = to_dict(cfg)
+        self.row: Row | None = None
+        self.code = 0
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Hand over; returns at once."""
-        self.todo.put((step, metrics))
+        if self.thread.is_alive():
+            self.todo.put((step, metrics))
 
     def work(self) -> None:
         """The thread."""
         try:
-            import wandb
-
-            quiet = wandb.Settings(init_timeout=60, console="off", silent=True)
-            run = wandb.init(**self.settings, settings=quiet)
+            run = begin(self.run_dir, self.config, mode=self.mode)
+            if self.mode == "online":
+                self.say(f"W&B shows this run at {run.url}")
             while (item := self.todo.get()) is not None:
                 run.log(item[1], step=item[0])
-            run.finish()
-        except BaseException as error:  # no network, no package, a bad key: the run goes on without
-            self.say(f"W&B is off: {' '.join(str(error).split())[:200].rstrip('.')}")
+            end(run, self.run_dir, self.row, code=self.code)
+            if self.mode == "offline":
+                self.say(f"W&B has nothing of this run yet: `wandb sync {self.run_dir}/wandb/offline-run-*` sends it")
+        except ImportError as error:
+            self.off(f"{error.name} is not installed")
+        except BaseException as error:  # no network, a bad key: the run goes on without
+            self.off(" ".join(str(error).split())[:200].rstrip("."))
 
-    def close(self) -> None:
-        """Let it send the rest, for a while."""
+    def off(self, why: str) -> None:
+        """Say that W&B does not have all of the run."""
+        self.say(f"W&B is off: {why}; the run has everything, `sam-repro sync {self.run_dir}` shows it there later")
+
+    def close(self, code: int = 0, row: Row | None = None) -> None:
+        """Let it send the rest, for a while.
+
+        Args:
+            code: with which the process will exit.
+            row: of the ledger, where the run came to its end.
+        """
+        self.code, self.row = code, row
         self.todo.put(None)
         self.thread.join(PATIENCE)
         if self.thread.is_alive():
-            self.say(f"W&B did not take everything within {PATIENCE:.0f} s")
-
-    def say(self, what: str) -> None:
-        """A sentence on stderr; the progress bar is another thread's, and survives it."""
-        print(f"{what}; the run has everything, `sam-repro sync {self.run_dir}` shows it there later", file=sys.stderr)
+            self.off(f"it did not take everything within {PATIENCE:.0f} s")
 
 
-def identity(config: dict[str, Any], run_id: str) -> dict[str, Any]:
-    """What W&B shows of a run, live or replayed: a name for people, tags to filter by, and where the command is."""
-    model, method, data = (config[part]["name"] for part in ("model", "optim", "data"))
-    group = config["log"]["group"]
-    return {
-        "id": run_id,
-        "name": f"{model} {method}, {data}, seed {config['seed']}",
-        "group": group,
-        "tags": sorted({tag for tag in (model, method, data, group) if tag}),
-        "notes": f"{run_id}: its row, {config['log']['ledger_dir']}/{run_id}.json, has the command and the hardware.",
-        "config": config,
-    }
+def start_tracking(run_dir: Path, cfg: Config, say: Callable[[str], object]) -> Tracker | None:
+    """The tracker, or None when W&B is disabled. Without a key it is offline, which it says.
 
-
-def start_tracking(run_dir: Path, cfg: Config, run_id: str, say: Callable[[str], object]) -> Tracker | None:
-    """The tracker, or None when W&B is disabled. "auto" is online with a key, else offline, which it says."""
-    mode = cfg.log.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-        if mode == "offline":
-            where = "WANDB_MODE=offline" if "WANDB_MODE" in os.environ else f"there is no key for {hosts()[0]}"
-            say(f"W&B is offline, since {where}; `wandb login` and `sam-repro sync {run_dir}` show the run there later")
-    return None if mode == "disabled" else Tracker(run_dir, cfg, run_id=run_id, mode=mode)
+    The client would ask for a key on a terminal, and nobody may be there to answer.
+    """
+    mode = cfg.log.wandb if cfg.log.wandb != "auto" else os.environ.get("WANDB_MODE") or "online"
+    if mode == "online" and not has_key():
+        mode = "offline"
+        say(f"W&B is offline, since there is no key for {hosts()[0]}: `wandb login` or WANDB_API_KEY gives it one")
+    return None if mode == "disabled" else Tracker(run_dir, cfg, mode=mode, say=say)
 
 
 def has_key() -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
 import torch
+import wandb_files
 from commands import TINY, only, row_of, train
 from faulty import Attempt, attempt
 from safetensors.torch import load_file
@@ -121,7 +123,9 @@ def test_a_terminal_that_is_closed_does_not_end_what_nohup_started(tmp_path):
 
 
 def test_a_signal_while_the_final_sharpness_is_measured_is_heard(tmp_path):
+    """And the run, which W&B saw in two parts, is one there too: first preempted, then finished."""
     words = ("recipe.steps=6", "train.eval_every_epochs=0", "sharpness.images=32", "sharpness.batch=4")
+    words += ("log.wandb=offline",)
     process = Attempt(tmp_path, *words)
     process.reach("measuring the sharpness")
     process.send(signal.SIGUSR2)
@@ -129,7 +133,16 @@ def test_a_signal_while_the_final_sharpness_is_measured_is_heard(tmp_path):
     assert "stopped at step 6 of 6" in process.output and not list(tmp_path.glob("ledger/*"))
     process = Attempt(tmp_path, *words)
     assert process.end() == 0, process.output
-    assert row_of(tmp_path)["sharpness"]["images"] == 32
+    row, records = row_of(tmp_path), wandb_files.stored(only(tmp_path, "runs/tiny/vit*"))
+    assert row["sharpness"]["images"] == 32
+    starts = wandb_files.only(records, "run")
+    assert {start["run_id"] for start in starts} == {row["run_id"]} and len(starts) == 2
+    assert all(f"`sam-repro train {shlex.join(row['overrides'])}` repeats" in start["notes"] for start in starts)
+    assert [end.get("exit_code", 0) for end in wandb_files.only(records, "exit")] == [128 + signal.SIGUSR2, 0]
+    assert len(wandb_files.only(records, "preempting")) == 1
+    assert [h["_step"] for h in wandb_files.history(records)] == [3, 6, 6]  # the last is the sharpness
+    found = wandb_files.summary(records)
+    assert ledger.summary_of(row).items() <= found.items() and found["pictures/curves._type"] == "image-file"
 
 
 def test_the_first_speed_after_a_resumption_is_that_of_all_but_the_first_steps(tmp_path, monkeypatch):

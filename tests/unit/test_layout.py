@@ -44,7 +44,9 @@ LIGHT_MODULES = {
     "data.write.layouts",
     "data.write.torchvision",
     "training.signals",
+    "training.wandb_pictures",
     "training.wandb_replay",
+    "training.wandb_run",
     "training.wandb_writer",
 }
 # The functions of light packages that may import heavy ones when they are called, by module.

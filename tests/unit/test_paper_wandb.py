@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from wandb_files import history, only, stored
 
 from sam_repro.cli.main import main
 from sam_repro.cli.sync import run_folders
@@ -40,47 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def messages_in(path: Path) -> Iterator[bytes]:
-    """The messages of a .wandb file: LevelDB's log format after 7 bytes of header, in blocks of 32 KiB."""
-    data, at, message = path.read_bytes(), 7, b""
-    assert data[:4] in (b":W&B", b"")
-    while at + 7 <= len(data):
-        if 32_768 - at % 32_768 < 7:  # too little for a header: padding
-            at += 32_768 - at % 32_768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield message
-            message = b""
-
-
-def records_of(folder: Path) -> tuple[dict, list[dict]]:
-    """The run's header and history in the .wandb file that the client left."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.rglob("*.wandb")
-    run, history = {}, []
-    for message in messages_in(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(message)
-        if record.HasField("run"):
-            run = {"id": record.run.run_id, "group": record.run.run_group, "project": record.run.project}
-        if record.HasField("history"):
-            items = record.history.item
-            history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return run, history
-
-
 def test_an_offline_run_holds_the_whole_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sync", str(folder.parent)]) == 0
-    deadline = time.monotonic() + 20  # the client's own process may still be writing when finish() returns
-    while not (found := records_of(folder))[1] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    run, history = found
-    assert run == {"id": folder.name, "group": "demo", "project": "sam-repro"}
-    rows = {h["_step"]: h for h in history if "_step" in h}
+    records = stored(folder)
+    (run,) = only(records, "run")
+    assert (run["run_id"], run["run_group"], run["project"]) == (folder.name, "demo", "sam-repro")
+    rows = {h["_step"]: h for h in history(records)}
     assert rows[11]["loss"] == 2.0 and rows[11]["cosine"] == 0.9
     assert rows[22]["surrogate_gap"] == 0.2 and rows[22]["val/accuracy"] == 50.0 and "loss" not in rows[22]
     assert rows[22]["sharpness/lambda_max"] == 7.5 and rows[22]["sharpness/alignment"] == 0.2
