@@ -3,10 +3,10 @@
 #
 #   benchmarks/all.sh results/benchmarks [folder with the peers]        (IMAGES=photographs.zip adds the loaders)
 #
-# First everything is compiled, one process per model, side by side on all GPUs (nothing is timed). Then each model is
-# timed alone on a GPU, then what needs all GPUs. Every JSON is written piece by piece, and a part that fails or
-# outruns LIMIT (seconds, default 300) does not stop the next. MODELS, PARTIES (of step.py) and PARTS choose: the price of
-# Table 1 is MODELS=all PARTS="warm step" PARTIES="floor vanilla sam-m64 gsam-m64 gsam-m512".
+# First everything is compiled, four processes per GPU, side by side (nothing is timed). Then each model is timed alone on
+# a GPU, then what needs all GPUs. Every JSON is written piece by piece, and a part that fails or outruns LIMIT (seconds,
+# default 300) does not stop the next. MODELS, PARTIES and ROUNDS (of step.py) and PARTS choose: the price of Table 1 is
+# MODELS=all PARTS="warm step" PARTIES="floor vanilla sam-m64 gsam-m64 gsam-m512".
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?folder for the results}; peers=${2:+--peers $2}
@@ -29,34 +29,30 @@ run() {
   timeout "$limit" "$@" > "$log" 2>&1 || echo "exit code $? from: $*"
   grep -E ' ms |^\|| failed' "$log" | cut -c1-200
 }
-# on_gpus FUNCTION WORDS...: FUNCTION GPU WORD for every word, one after the other on each GPU, the GPUs side by side
+# on_gpus LANES FUNCTION WORDS...: FUNCTION WORD for every word, on each GPU in so many lanes, the GPUs side by side
 on_gpus() {
-  local function=$1 gpu; shift; local words=("$@")
-  for ((gpu = 0; gpu < gpus; gpu++)); do
-    (for ((i = gpu; i < ${#words[@]}; i += gpus)); do CUDA_VISIBLE_DEVICES=$gpu $function "${words[i]}"; done) &
+  local count=$(($1 * gpus)) function=$2 lane; shift 2; local words=("$@")
+  for ((lane = 0; lane < count; lane++)); do
+    (for ((i = lane; i < ${#words[@]}; i += count)); do CUDA_VISIBLE_DEVICES=$((lane % gpus)) $function "${words[i]}"; done) &
   done
   wait
 }
 warm() { run "warm-$1" python3 benchmarks/step.py --models "$1" --warm --rounds 1 $peers \
   --parties ${PARTIES:-timm vanilla ours-vanilla gsam-m512 gsam-m64 juntang}; }
-step() { run "step-$1" python3 benchmarks/step.py --models "$1" $peers ${PARTIES:+--parties $PARTIES} --rounds 4 --output "$out/$name-step-$1.json"; }
+step() { run "step-$1" python3 benchmarks/step.py --models "$1" $peers ${PARTIES:+--parties $PARTIES} --rounds "${ROUNDS:-4}" --output "$out/$name-step-$1.json"; }
 eigen() { run "eigen-$1" python3 benchmarks/eigen_cost.py --models "$1" --rounds 2 \
   --kinds reverse-compiled reverse-compiled-tf32 --output "$out/$name-eigen-$1.json"; }
 curvature() { run "curvature-$1" python3 benchmarks/curvature.py --nets "$1" --images 128 --batch 128 --rounds 2 \
   --output "$out/$name-curvature-$1.json"; }
 
-if wanted warm; then
-  i=0
-  for model in $models; do (CUDA_VISIBLE_DEVICES=$((i % gpus)) warm "$model" > /dev/null) & i=$((i + 1)); done
-  wait
-fi
-if wanted step; then on_gpus step $models; fi
+if wanted warm; then on_gpus 4 warm $models > /dev/null; fi
+if wanted step; then on_gpus 1 step $models; fi
 if wanted scaling; then
   worlds=$(for n in 1 2 4 8; do [ $n -le "$gpus" ] && echo $n; done)
   run scaling python3 benchmarks/scaling.py --gpus $worlds --parties vanilla gsam gsam-m64 --output "$out/$name-scaling.json"
 fi
-if wanted eigen; then on_gpus eigen vit_b32 resnet50; fi
-if wanted curvature; then on_gpus curvature resnet18_cifar vit_s16; fi
+if wanted eigen; then on_gpus 1 eigen vit_b32 resnet50; fi
+if wanted curvature; then on_gpus 1 curvature resnet18_cifar vit_s16; fi
 if wanted start; then  # twice: the second finds everything compiled
   for n in 1 2; do
     rm -rf runs/profile
