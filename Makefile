@@ -45,7 +45,7 @@ format: $(READY) ## let ruff rewrite the formatting
 
 API := optim curvature data models.build config.schema records.ledger paper.spec
 api: $(READY) ## pages about the public classes and functions in build/api, from the docstrings
-	$(PYTHON) -m pdoc --docformat google --no-include-undocumented --footer-text sam-repro -o build/api $(API:%=sam_repro.%)
+	$(PYTHON) -m pdoc --docformat google --footer-text sam-repro -o build/api $(API:%=sam_repro.%)
 	@echo "open build/api/index.html"
 
 clean: ## remove the environment; runs/ (weights) and data/ stay

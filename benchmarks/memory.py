@@ -166,7 +166,9 @@ def main() -> None:
     context, end = multiprocessing.get_context("spawn"), time.time() + args.seconds
     tasks, results, room = context.Queue(), context.Queue(), context.Condition()
     result = json.loads(args.output.read_text()) if args.output and args.output.exists() else {"entries": []}
-    done = {(e["model"], e["method"], e["cap_gb"]) for e in result["entries"] if e["kind"] == "memory" and "error" not in e}
+    done = {
+        (e["model"], e["method"], e["cap_gb"]) for e in result["entries"] if e["kind"] == "memory" and "error" not in e
+    }
     for cap in args.caps:
         for model in args.models:
             missing = [method for method in args.methods if (model, method, cap) not in done]

@@ -54,7 +54,7 @@ def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
 
 
 def alignment(eps: Tensor | Sequence[Tensor] | Mapping[str, Tensor], v: Tensor) -> float:
-    """How far a perturbation looks along an eigenvector: |<eps, v>| / (||eps|| ||v||).
+    """How far a perturbation looks along an eigenvector: `|<eps, v>| / (||eps|| ||v||)`.
 
     Args:
         eps: a flat vector (n,), or tensors of n numbers in all.

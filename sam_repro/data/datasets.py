@@ -227,7 +227,7 @@ def synthetic(data: DataConfig, split: str, at_least: int = 0) -> ArraySource:
 
 
 def find_source(root: Path, split: str) -> Source:
-    """root/<split>.beton, else the class folders in root/<split>."""
+    """`root/<split>.beton`, else the class folders in `root/<split>`."""
     beton = root / f"{split}.beton"
     if beton.exists():
         return BetonSource(beton)

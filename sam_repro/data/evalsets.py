@@ -79,7 +79,7 @@ def canonical(names: list[str]) -> list[str]:
 
 
 def parts(name: str) -> list[str]:
-    """What a set consists of: c/<corruption>/<severity> for c, else the set itself."""
+    """What a set consists of: `c/<corruption>/<severity>` for c, else the set itself."""
     if name != "c":
         return [name]
     return [f"c/{corruption}/{severity}" for corruption in ALEXNET_ERRORS for severity in SEVERITIES]

@@ -47,7 +47,7 @@ class Hessian:
     do. The model must be in eval mode (the caller's job): a Hessian of BatchNorm's batch statistics, or of another
     dropout mask at each product, is no Hessian of one function.
 
-    Two ways to the same product. "reverse" differentiates <grad f, v> backward; where this rank has one batch, the
+    Two ways to the same product. "reverse" differentiates `<grad f, v>` backward; where this rank has one batch, the
     graph of its gradient is kept, and a product costs one backward pass through it: 6 units of work where one that
     starts anew costs 9 and a gradient 3. "forward" differentiates grad f along v and keeps nothing between products.
 

@@ -266,7 +266,7 @@ class Eigen:
         return sam(params, unit, rho) if self.renormalise == "sum" else multiply(unit, rho)
 
     def coefficients(self, gg: Tensor, gv: Tensor, vv: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) with eps = a g + b v, from <g,g>, <g,v>, <v,v>: the call above for an engine that fuses its passes.
+        """(a, b) with eps = a g + b v, from `<g,g>`, `<g,v>`, `<v,v>`: the call above, for a fused engine.
 
         Without a vector (v = 0) this is SAM's perturbation, except with `faithful`.
         """

@@ -1,6 +1,7 @@
 """A table or figure of a paper as data: the YAML format of `results/paper/` and
 `results/studies/` (our own experiments), its checks, and the runs it asks for.
 
+```
 title:    one line
 source:   where the numbers are printed
 base:     overrides that all rows share
@@ -32,6 +33,7 @@ rows:     list of
 claims:   of a study, list of {text, column, better, than, lower}: the row `better` has the higher value, or with
           `lower: true` the lower one; or falls_with: <key of a grid>, or follows: <column>
 figure:   {kind: curves | sweep | dots | toy, panels: [columns or metrics], x_title, log_x, by_model}
+```
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ class Table:
 
 
 def tables_dir(kind: str = "paper") -> Path:
-    """The folder of YAML tables, results/<kind>: in the checkout, or inside the installed package."""
+    """The folder of YAML tables, `results/<kind>`: in the checkout, or inside the installed package."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package.parent / "results" / kind, package / "results" / kind):
         if candidate.is_dir():
@@ -141,7 +143,7 @@ def table_names(*kinds: str) -> list[str]:
 
 
 def load_table(name: str) -> Table:
-    """The table of a name (results/paper/<name>.yaml, results/studies/<name>.yaml) or of a path that ends in .yaml.
+    """The table of a name (`results/paper/<name>.yaml`, `results/studies/<name>.yaml`) or of a path that ends in .yaml.
 
     Raises:
         UserError: no such table, or a file that does not follow the format; the message names the nearest word.

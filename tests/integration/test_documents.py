@@ -94,6 +94,13 @@ def test_every_command_is_accepted(words, tmp_path, monkeypatch):
         assert program in ELSEWHERE, f"the test does not know {program}"
 
 
+HTML = re.findall(
+    r"\w+",
+    "a blockquote body code dd div dl dt em footer head header html img input label li main meta nav p path pre script "
+    "section span strong style svg title ul wbr",
+)
+
+
 @pytest.mark.slow
 def test_make_api_makes_pages(tmp_path):
     """`make api` as typed, but for its folder: quiet, a page per module, arguments as lists."""
@@ -106,6 +113,8 @@ def test_make_api_makes_pages(tmp_path):
     )
     assert made.returncode == 0 and not made.stdout + made.stderr
     pages = {name: (tmp_path / "sam_repro" / f"{name.replace('.', '/')}.html").read_text() for name in modules}
+    tags = {tag for page in pages.values() for tag in re.findall(r"<([a-z_]+)[ ,>]", page)}
+    assert tags <= set(HTML), "what stands in <> outside of backticks is lost"
     assert "<strong>alpha:</strong>" in pages["optim"] and "<script src" not in pages["optim"]
 
 

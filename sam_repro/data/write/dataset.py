@@ -131,7 +131,7 @@ def write_dataset(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Write the splits found in `src` to dst/<split>.beton with a manifest each, and return the manifests.
+    """Write the splits found in `src` to `dst/<split>.beton` with a manifest each, and return the manifests.
 
     A split whose images and settings did not change is left as it is; one that was not finished is gone on with.
 

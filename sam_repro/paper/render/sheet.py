@@ -164,6 +164,6 @@ def sentences_of(p: Provenance | None) -> list[str]:
         f"{p.runs} runs, seeds {', '.join(map(str, p.seeds))}, {hours_words(p.hours)} processor hours, "
         f"{' to '.join(p.dates)}",
         f"commit {', '.join(p.commits)}; {'; '.join(p.hardware)}; {', '.join(p.versions)}",
-        "Intervals are Student's t over seeds, 95 %; the number of seeds is in brackets. They leave out the error of the "
-        "test set. p values are of two-sided paired t-tests, not corrected for the number of comparisons.",
+        "Intervals are Student's t over seeds, 95 %; the number of seeds is in brackets. They leave out the error of "
+        "the test set. p values are of two-sided paired t-tests, not corrected for the number of comparisons.",
     ]
