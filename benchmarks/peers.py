@@ -7,8 +7,8 @@ Same model, initial weights, images, crops, order, learning rates, decay groups,
 batch (m = batch), no clipping, since juntang-zhuang's step leaves no place for it. The peers' code in a folder with
 davda54's sam.py and juntang-zhuang's gsam/ is called in the plain loop of its README: compiled model, autocast.
 
-    ours-sam, davda54      SAM at model.sam_rho
-    ours-gsam, juntang     GSAM at the same constant rho, with model.alpha
+    ours-sam, davda54, pytorch_optimizer (where it is installed)     SAM at model.sam_rho
+    ours-gsam, juntang                                               GSAM at the same constant rho, with model.alpha
 
 Seconds are of the training loop with compilation; "steady" is the median step times the number of steps. One run after
 the other in one process, the parties in turn for each seed.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of train.py, for all parties")
     parser.add_argument("--peers", type=Path, default="peers", help="folder with davda54's sam.py and gsam/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parties", nargs="+", default=[p for pair in PAIRS for p in pair])
+    parser.add_argument("--parties", nargs="+", default=list(dict.fromkeys(p for pair in PAIRS for p in pair)))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, metavar="JSON", help="print the table of a stored result, run nothing")
     return parser.parse_intermixed_args()
@@ -134,12 +136,24 @@ def plain_logits(
     return logits
 
 
-def davda54(cfg: Config, model: torch.nn.Module, logits: Callable, loss: Callable) -> Step:
-    """first_step, second_step."""
+def davda54(*arguments: Any) -> Step:
+    """davda54/sam's optimizer."""
     from sam import SAM  # pyright: ignore[reportMissingImports]
 
+    return two_steps(SAM, *arguments)
+
+
+def pytorch_optimizer(*arguments: Any) -> Step:
+    """pytorch_optimizer's SAM, which took over davda54's two methods."""
+    from pytorch_optimizer import SAM  # pyright: ignore[reportMissingImports]
+
+    return two_steps(SAM, *arguments)
+
+
+def two_steps(sam: Callable, cfg: Config, model: torch.nn.Module, logits: Callable, loss: Callable) -> Step:
+    """first_step, second_step."""
     groups = decay_groups(model.named_parameters(), cfg.recipe.weight_decay, decay=cfg.recipe.decay)
-    optimizer = SAM(groups, lambda params, **_: base_of(cfg, params), rho=cfg.optim.rho_max)
+    optimizer = sam(groups, lambda params, **_: base_of(cfg, params), rho=cfg.optim.rho_max)
 
     def step(images: torch.Tensor, labels: torch.Tensor, lr: float) -> None:
         set_lr(optimizer, lr)
@@ -196,14 +210,16 @@ def main() -> None:
         print(peers_table([json.loads(args.show.read_text())]))
         return
     sys.path.insert(0, str(args.peers))
-    makers = {"davda54": davda54, "juntang": juntang}
+    makers = {"davda54": davda54, "pytorch_optimizer": pytorch_optimizer, "juntang": juntang}
+    if not importlib.util.find_spec("pytorch_optimizer"):
+        args.parties = [party for party in args.parties if party != "pytorch_optimizer"]
     runs: list[dict] = []
     result: dict = {"kind": "peers", "overrides": args.overrides, "hardware": "", **ledger.provenance(), "runs": runs}
     for seed in range(args.seeds):
         for party in args.parties:
             fresh()
             gc.collect()
-            cfg = config(args.overrides, seed, ascent=party in PAIRS[1])
+            cfg = config(args.overrides, seed, ascent=party in PAIRS[-1])
             run = theirs(cfg, makers[party]) if party in makers else ours(cfg)
             runs.append({"party": party, "seed": seed, **run})
             result["hardware"] = hardware(init_ranks(cfg.train.device))

@@ -3,6 +3,7 @@
     python benchmarks/report.py speed                    # what a step costs, model by model
     python benchmarks/report.py scaling                  # many GPUs, compared with the model of docs/SCALING.md
     python benchmarks/report.py peers                    # the same training through other people's optimizers
+    python benchmarks/report.py codes                    # the same step through other people's code, JAX's too
     python benchmarks/report.py costs                    # Table 1 by these speeds; rehearsal, rehearsal_gpu likewise
     python benchmarks/report.py speed --chart results/figures/speed
     python benchmarks/report.py --check                  # exit code 1 where a document is stale; --write makes it anew
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report_imagenet
+from benchmarks import report_codes, report_imagenet
 from sam_repro.paper.measured_speeds import stored
 from sam_repro.paper.render.numbers import markdown_table, number
 from sam_repro.paper.render.sheet import spread_of
@@ -346,7 +347,7 @@ def draw_scaling(results: list[Result], stem: Path) -> list[Path]:
 
 # ---- peers: the same training through other people's optimizers, by peers.py -----------------------------------------
 
-PAIRS = (("ours-sam", "davda54"), ("ours-gsam", "juntang"))
+PAIRS = (("ours-sam", "davda54"), ("ours-sam", "pytorch_optimizer"), ("ours-gsam", "juntang"))
 
 
 def load_peers(folder: Path | None) -> list[Result]:
@@ -392,6 +393,7 @@ REPORTS = {
     "speed": Report(load_speed, speed_table, draw_speed),
     "scaling": Report(load_scaling, scaling_table, draw_scaling),
     "peers": Report(load_peers, peers_table, None),
+    "codes": Report(report_codes.load_codes, report_codes.codes_table, report_codes.draw_codes),
     "costs": Report(report_imagenet.load_costs, report_imagenet.costs_table, None),
     "rehearsal": Report(report_imagenet.load_rehearsal, report_imagenet.rehearsal_table, None),
     "rehearsal_gpu": Report(report_imagenet.load_gpu, report_imagenet.gpu_table, None),

@@ -18,6 +18,9 @@ Parties:
     sam-m<M>    likewise, SAM
     davda54, juntang   the peers' optimizers in their own recipe, if --peers names a folder with sam.py and gsam/
     pytorch_optimizer  its SAM likewise, if it is installed
+    jax, jax-<party>   the official JAX code, if --big-vision names a checkout of it: all parties of step_jax.py, or one
+
+A run that is cut off goes on with --resume: what the file has is not measured again, but for the floor.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import importlib.util
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +50,8 @@ from sam_repro.models.build import build_model
 from sam_repro.records import ledger
 from sam_repro.training.run import hardware
 
+BEGUN = time.perf_counter()
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,7 +64,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--peers", type=Path, help="folder with davda54's sam.py and juntang-zhuang's gsam/")
+    parser.add_argument("--big-vision", type=Path, help="checkout of google-research/big_vision")
     parser.add_argument("--parties", nargs="+", help="only these")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no party is begun")
+    parser.add_argument("--resume", action="store_true", help="keep what --output has of the same commit and hardware")
     parser.add_argument("--warm", action="store_true", help="compile everything, so that a later start finds it cached")
     parser.add_argument("--profile", metavar="PARTY", help="print the kernels of one party")
     parser.add_argument("--output", type=Path)
@@ -107,13 +116,20 @@ def makers_of(bench: Bench, args: argparse.Namespace) -> dict[str, Callable[[], 
     return makers
 
 
-def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Callable[[list[dict]], None]) -> list[dict]:
-    """Every party of one model; rows of the JSON, saved after each. `ceiling`: TFLOP/s, 0 where it is not known."""
+def bench_model(
+    name: str, args: argparse.Namespace, ceiling: float, rows: list[dict], save: Callable[[], None]
+) -> None:
+    """Add every party of one model to the rows of the JSON, saved after each. `ceiling`: TFLOP/s, 0 if not known."""
     bench = Bench(name, args.batch, args.size, args.device)
-    makers = makers_of(bench, args)
-    gflop, medians, rows = forward_gflop(bench), {}, []
+    known = {party_of(row) for row in rows if row["model"] == name} - {"floor"}
+    makers = {party: make for party, make in makers_of(bench, args).items() if party not in known}
+    gflop, medians = forward_gflop(bench), {}
+    official = jax_process(name, args, known) if args.big_vision and args.warm else None  # compiles with the others
     # A GPU does not hold the captured memory of all; a CPU does, and other people's work on it is then everybody's.
     for turn in [[party] for party in makers] if bench.gpu else [list(makers)]:
+        if left(args) < 0:
+            print(f"{name} {', '.join(turn)}: not run, the time is over", flush=True)
+            continue
         gc.collect()
         torch.cuda.empty_cache()
         if bench.gpu:
@@ -140,20 +156,56 @@ def bench_model(name: str, args: argparse.Namespace, ceiling: float, save: Calla
         for party in [p for p in times if len(times[p]) == args.rounds]:
             medians[party] = median = statistics.median(times[party])
             method, _, m = party.partition("-m")
-            row = {"kind": "step", "model": name, "method": method, "m": int(m or args.batch), "batch": args.batch}
-            row |= {"dtype": "bf16" if bench.gpu else "fp32", "image_size": args.size}
-            row |= {"images_per_second": args.batch / median, "seconds": median, "rounds": times[party]}
+            row = {"method": method, "m": int(m or args.batch), "seconds": median, "rounds": times[party]}
             row |= {"peak_bytes": torch.cuda.max_memory_allocated() - before} if bench.gpu else {}
             row["setup_seconds"] = setup[party]
-            for floor in ("floor", "ours-floor"):
-                if floor in medians:
-                    row[f"over_{floor}"] = median / medians[floor]
             if ceiling and party in ("timm", "vanilla", "ours-vanilla"):
                 row["ceiling_share"] = 3 * gflop * args.batch / median / 1e3 / ceiling
-            rows.append(row)
-            save(rows)
-            tell(party, row)
-    return rows
+            rows.append(shared(name, args, median) | row | over(medians, median))
+            save()
+            tell(party, rows[-1])
+    if args.big_vision:
+        torch.cuda.empty_cache()
+        official = official or jax_process(name, args, known)
+        for line in official.stdout or ():
+            row = json.loads(line)
+            rows.append(shared(name, args, row["seconds"]) | row | over(medians, row["seconds"]) | {"dtype": "bf16"})
+            save()
+            tell(row["method"], rows[-1])
+        official.wait()
+
+
+def shared(name: str, args: argparse.Namespace, seconds: float) -> dict:
+    """What all rows of a model have."""
+    row = {"kind": "step", "model": name, "batch": args.batch, "image_size": args.size}
+    row["images_per_second"] = args.batch / seconds
+    return row | {"dtype": "bf16" if args.device == "cuda" else "fp32"}
+
+
+def over(medians: dict[str, float], median: float) -> dict:
+    """A party's time over the floors."""
+    return {f"over_{floor}": median / medians[floor] for floor in ("floor", "ours-floor") if floor in medians}
+
+
+def party_of(row: dict) -> str:
+    """The party of a row."""
+    return row["method"] if row["method"] not in ("gsam", "sam") else f"{row['method']}-m{row['m']}"
+
+
+def left(args: argparse.Namespace) -> float:
+    """Seconds that are left."""
+    return args.seconds - (time.perf_counter() - BEGUN)
+
+
+def jax_process(name: str, args: argparse.Namespace, known: set[str]) -> subprocess.Popen:
+    """step_jax.py for one model, which prints a row for each of its parties."""
+    options = {"big-vision": args.big_vision, "model": name, "batch": args.batch, "size": args.size}
+    options |= {"rounds": args.rounds, "steps": args.steps, "seconds": left(args)}
+    command = [sys.executable, str(Path(__file__).with_name("step_jax.py")), "--skip", *known]
+    command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    wanted = [party.removeprefix("jax-") for party in args.parties or () if party.startswith("jax-")]
+    command += ["--parties", *wanted] if args.parties and "jax" not in args.parties else []
+    return subprocess.Popen([*command, *["--warm"] * args.warm], stdout=subprocess.PIPE, text=True)
 
 
 @contextmanager
@@ -172,7 +224,7 @@ def tell(party: str, row: dict) -> None:
     words += [f"ready after {row['setup_seconds']:.0f} s"]
     words += [f"spread {100 * (max(row['rounds']) / min(row['rounds']) - 1):.1f} %"]
     words += [f"{100 * row['ceiling_share']:.1f} % of the ceiling"] if "ceiling_share" in row else []
-    said = f"{row['model']:10} {party:17} {1e3 * row['seconds']:8.2f} ms {row['images_per_second']:8.0f} img/s  "
+    said = f"{row['model']:10} {party:24} {1e3 * row['seconds']:8.2f} ms {row['images_per_second']:8.0f} img/s  "
     print(said + ", ".join(filter(None, words)), flush=True)
 
 
@@ -207,16 +259,19 @@ def main() -> None:
         "entries": [],
     }
     print(f"{result['hardware']}" + (f", {ceiling:.0f} TFLOP/s bf16 product" if ceiling else ""), flush=True)
+    same = ("hardware", "batch", "commit")
+    if args.resume and args.output and args.output.exists():
+        before = json.loads(args.output.read_text())
+        if [before[key] for key in same] == [result[key] for key in same]:
+            result["entries"] = before["entries"]
+
+    def save() -> None:
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
     for name in args.models:
-        known = result["entries"]
-
-        def save(rows: list[dict], known: list[dict] = known) -> None:
-            result["entries"] = known + rows
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(result, indent=1) + "\n")
-
-        bench_model(name, args, ceiling, save)
+        bench_model(name, args, ceiling, result["entries"], save)
 
 
 if __name__ == "__main__":

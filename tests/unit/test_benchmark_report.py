@@ -52,6 +52,28 @@ def test_the_command_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "davda54 SAM  +10.0" in (folder / "speed.svg").read_text()
 
 
+def test_the_official_code_stands_beside_ours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = result("vit_b16", floor=0.2, ours_vanilla=0.1, gsam_m512=0.2, gsam_m64=0.25, davda54=0.22)
+    for method, m, seconds in (
+        ("jax-vanilla", 512, 0.13),
+        ("jax-gsam-m512", 512, 0.3),
+        ("jax-gsam-m64-scan-cudnn", 64, 0.5),
+    ):
+        tree["entries"].append(
+            {"kind": "step", "model": "vit_b16", "method": method, "m": m, "batch": 512, "jax": "0.1"}
+        )
+        tree["entries"][-1] |= {"seconds": seconds, "images_per_second": 512 / seconds}
+    for entry in tree["entries"]:
+        entry["rounds"] = [entry["seconds"]] * 2
+    (folder / "d.json").write_text(json.dumps(tree))
+    assert main(["codes", "--folder", str(folder), "--chart", str(folder / "codes")]) == 0
+    told = capsys.readouterr().out
+    assert "| vit_b16 | vanilla | official JAX, as it is | 130.0 | 3,938 | – | 1.30 |" in told
+    assert "| vit_b16 | one perturbation | davda54 SAM | 220.0 | 2,327 | 10.0 | 1.10 |" in told
+    assert "| vit_b16 | m = 64 | official JAX, scan, cuDNN's attention | 500.0 | 1,024 | – | 2.00 |" in told
+    assert "500 ms" in (folder / "codes.svg").read_text()
+
+
 def test_nothing_measured_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["speed", "--folder", str(tmp_path)]) == 2
     assert "is of speed" in capsys.readouterr().err
