@@ -2,6 +2,7 @@
 
   sam-repro dashboard table1 --entity my-team          # builds both with a key, else writes dashboard-table1.json
   sam-repro dashboard --push dashboard-table1.json     # later
+  sam-repro dashboard demo --preview demo.svg          # what it would look like, from the ledger: no key needed
 
 The report holds the table as `sam-repro table` prints it at that moment, and the panels; the workspace only the panels.
 Building needs `pip install wandb-workspaces`; writing the JSON needs nothing.
@@ -12,10 +13,15 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.paper.ledger_join import join_table
-from sam_repro.paper.render.wandb_workspace import dashboard_of, push
+from sam_repro.paper.outcomes import Outcome
+from sam_repro.paper.render.dashboard import dashboard_of
+from sam_repro.paper.render.dashboard_preview import draw_preview
+from sam_repro.paper.render.style import RC
+from sam_repro.paper.render.wandb_workspace import push
 from sam_repro.paper.spec import load_table
 from sam_repro.training.wandb_writer import has_key
 
@@ -27,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--project", default="sam-repro")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
     parser.add_argument("--push", type=Path, metavar="FILE", help="build what an earlier call wrote")
+    parser.add_argument("--preview", type=Path, metavar="FILE", help="draw what W&B would show, as .svg, .png or .pdf")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here, key or no key")
 
 
@@ -44,7 +51,13 @@ def run(args: Namespace) -> None:
     if args.table is None:
         raise UserError("name a table, or a file with --push")
     table = load_table(args.table)
-    tree = dashboard_of(table, join_table(table, args.ledger), entity=args.entity, project=args.project)
+    outcomes = join_table(table, args.ledger)
+    tree = dashboard_of(table, outcomes, entity=args.entity, project=args.project)
+    if not tree["groups"]:
+        raise UserError(f"{table.name} asks for no run, or not before the sweep is over that its rows wait for")
+    if args.preview is not None:
+        preview(tree, outcomes, args.preview)
+        return
     if args.output is None and has_key():
         push(tree)
         return
@@ -52,5 +65,20 @@ def run(args: Namespace) -> None:
     try:
         path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    print(path)
+
+
+def preview(tree: dict[str, Any], outcomes: list[Outcome], path: Path) -> None:
+    """Draw what W&B would show."""
+    import matplotlib
+
+    rows = {row["run_id"]: row for o in outcomes for row in o.ledger}
+    if not rows:
+        raise UserError(f"no run of {tree['table']} is in the ledger yet, so there is nothing to draw")
+    try:
+        with matplotlib.rc_context(RC):
+            draw_preview(tree, rows).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
     print(path)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sam_repro.errors import UserError
 from sam_repro.records.files import write_atomic
+from sam_repro.records.log import metrics_of
 from sam_repro.records.row_schema import Row, parse_row, seal_of
 
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "numpy", "numba", "opencv-python-headless", "hydra-core", "wandb")
@@ -59,7 +60,7 @@ def summary_of(row: Row) -> dict[str, Any]:
     The values are those of tables: at the end of training, not the best on the way. The speed is the median interval's.
     """
     found: dict[str, Any] = {f"{name}/accuracy": 100 * c["correct"] / c["total"] for name, c in row["evals"].items()}
-    found |= {f"sharpness/{k}": v for k, v in row.get("sharpness", {}).items() if isinstance(v, (int, float))}
+    found |= metrics_of({"sharpness": row.get("sharpness", {})})
     found |= {key: row[key] for key in ("status", "m", "hours") if key in row}
     if seconds := [s for s in row.get("curves", {}).get("train", {}).get("step_seconds", []) if s]:
         found["images_per_second"] = row["config"]["recipe"]["batch_size"] / statistics.median(seconds)

@@ -19,11 +19,16 @@ def finite(value: Any) -> Any:
 
 
 def metrics_of(record: Record) -> dict[str, Any]:
-    """A log record as W&B metrics: accuracies in % under the name of their set, no nulls."""
+    """A log record as W&B metrics: accuracies in % under the name of their set, no nulls, and |lambda_max|.
+
+    The eigenvalue of largest size may be negative, and W&B can neither sort nor draw by size.
+    """
     if "eval" in record:
         return {f"{record['eval']}/accuracy": 100 * record["correct"] / record["total"]}
     if "sharpness" in record:
-        return {f"sharpness/{k}": v for k, v in record["sharpness"].items() if isinstance(v, (int, float))}
+        found = {f"sharpness/{k}": v for k, v in record["sharpness"].items() if isinstance(v, (int, float))}
+        largest = found.get("sharpness/lambda_max")
+        return found if largest is None else found | {"sharpness/lambda_abs": abs(largest)}
     return {k: v for k, v in record.items() if k != "step" and v is not None}
 
 

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from sam_repro.config.run_id import readable_name
 from sam_repro.records.ledger import Row, summary_of
 from sam_repro.records.log import read_log
 from sam_repro.training.wandb_pictures import draw_curves
@@ -58,27 +59,13 @@ def identity(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     tags = {*(config[part]["name"] for part in ("model", "optim", "data")), *(group or "").split("/")}
     return {
         "id": folder.name,
-        "name": name_of(config),
+        "name": readable_name(config),
         "group": group,
         "job_type": "train",
         "tags": sorted(tag[:LONGEST_TAG] for tag in tags if tag),
         "notes": notes_of(folder),
         "config": config,
     }
-
-
-def name_of(config: dict[str, Any]) -> str:
-    """'vit_digits gsam, seed 2: digits, noise 0.4, rho 0.2, alpha 0.1, m 64, lr 0.003, 449 steps': tells runs apart.
-
-    The first words are what a narrow column shows; settings that are zero do nothing and are left out.
-    """
-    optim, recipe, data = config["optim"], config["recipe"], config["data"]
-    settings = {"noise": data["label_noise"], "rho": optim["rho_max"], "alpha": optim["alpha"]}
-    settings |= {"m": optim["m"] if optim["rho_max"] else 0, "lr": recipe["lr"]}
-    words = [f"{name} {value:g}" for name, value in settings.items() if value]
-    length = f"{recipe['steps']} steps" if recipe["steps"] else f"{recipe['epochs']:g} epochs"
-    who = f"{config['model']['name']} {optim['name']}, seed {config['seed']}"
-    return f"{who}: {', '.join([data['name'], *words, length])}"[:128]
 
 
 def notes_of(folder: Path) -> str:

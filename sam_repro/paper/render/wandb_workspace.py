@@ -1,53 +1,14 @@
-"""A W&B workspace and a report of a table, as data and as W&B objects."""
+"""A dashboard (render.dashboard) as a workspace and a report of W&B's public API."""
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 from sam_repro.errors import UserError
-from sam_repro.paper.outcomes import Outcome
-from sam_repro.paper.render.tables import render
-from sam_repro.paper.spec import Table
 
-# section: panels, each (title, metrics over steps)
-PANELS = {
-    "The surrogate gap": [
-        ("Surrogate gap h", ["surrogate_gap"]),
-        ("cos θ", ["cosine"]),
-        ("Radius ρ", ["rho"]),
-    ],
-    "Curvature": [
-        ("λ_max", ["sharpness/lambda_max"]),
-        ("2h/ρ² and its first-order part", ["sharpness/estimate", "sharpness/first_order"]),
-        ("|cos(ε, v)|", ["sharpness/alignment"]),
-    ],
-    "Training": [
-        ("Loss, clean and perturbed", ["loss", "loss_robust"]),
-        ("Gradient norms", ["grad_norm", "grad_norm_robust"]),
-        ("Learning rate", ["lr"]),
-    ],
-    "Speed": [("Images per second", ["images_per_second"]), ("Processor hours", ["hours"])],
-}
-
-
-def dashboard_of(table: Table, outcomes: list[Outcome], *, entity: str, project: str) -> dict[str, Any]:
-    """Workspace and report as plain data."""
-    accuracy = [(f"{c.title}, %", [f"{c.name}/accuracy"]) for c in table.columns if c.value is None]
-    group = next((o.partition("=")[2] for o in table.base if o.startswith("log.group=")), table.name)
-    return {
-        "table": table.name,
-        "name": table.title,
-        "entity": entity,
-        "project": project,
-        "run_group": group,
-        "group_by": ["model.name", "optim.name"],
-        "sections": [
-            {"name": name, "panels": [{"title": title, "y": y} for title, y in panels]}
-            for name, panels in ({"Accuracy": accuracy} | PANELS).items()
-            if panels
-        ],
-        "report": {"description": table.source, "text": render(table, outcomes, "md")},
-    }
+SEEDS = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}  # of a group: its line or bar, and what is around it
+MOST_RUNS = 100  # in a panel; W&B shows 10 unless told otherwise
 
 
 def push(tree: dict[str, Any]) -> None:
@@ -73,45 +34,89 @@ def modules(tree: dict[str, Any]) -> tuple[Any, Any]:
     return wr, ws
 
 
-def panels_of(section: dict[str, Any], wr: Any) -> list[Any]:
-    """A section's line plots."""
-    return [wr.LinePlot(title=p["title"], x="Step", y=p["y"], smoothing_factor=0) for p in section["panels"]]
+def panel_of(panel: dict[str, Any], wr: Any) -> Any:
+    """One panel: lines over steps, bars of the last values, or points over a setting."""
+    title, y, log_y = panel["title"], panel["y"], panel.get("log_y", False)
+    if panel["kind"] == "bars":
+        return wr.BarPlot(title=title, metrics=y, **SEEDS)
+    if panel["kind"] == "points":
+        x = wr.Config(panel["x"])
+        return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(y[0]), log_x=panel["log_x"], log_y=log_y)
+    return wr.LinePlot(title=title, x="Step", y=y, log_y=log_y, smoothing_factor=0, **SEEDS)
+
+
+def filter_of(tree: dict[str, Any]) -> str:
+    """The table's runs as W&B's expression."""
+    return f"Metric('ID') in {[run for group in tree['groups'] for run in group['runs']]}"
+
+
+def columns_of(tree: dict[str, Any]) -> list[str]:
+    """The columns of the table of runs."""
+    return ["run:displayName", *(f"summary:{name}" for name in tree["columns"])]
 
 
 def build_workspace(tree: dict[str, Any]) -> Any:
-    """The workspace object of the public wandb-workspaces API, not yet saved."""
+    """The workspace object, not yet saved."""
     wr, ws = modules(tree)
     return ws.Workspace(
         entity=tree["entity"],
         project=tree["project"],
-        name=tree["name"],
-        sections=[ws.Section(name=s["name"], panels=panels_of(s, wr), is_open=True) for s in tree["sections"]],
+        name=without_signs(tree["name"]),
+        sections=[
+            ws.Section(name=s["name"], panels=[panel_of(p, wr) for p in s["panels"]], is_open=True)
+            for s in tree["sections"]
+        ],
+        settings=ws.WorkspaceSettings(max_runs=MOST_RUNS),
         runset_settings=ws.RunsetSettings(
-            filters=f"Metric('Group') in ['{tree['run_group']}']",
+            filters=filter_of(tree),
             groupby=[ws.Config(key) for key in tree["group_by"]],
+            order=[ws.Ordering(ws.Summary(tree["columns"][0]), ascending=False)],
+            run_settings={run: ws.RunSettings(color=g["colour"]) for g in tree["groups"] for run in g["runs"]},
+            group_colors={ws.GroupPath(*group["path"]): group["colour"] for group in tree["groups"]},
+            pinned_columns=columns_of(tree),
         ),
         auto_generate_panels=False,
     )
 
 
+def without_signs(text: str) -> str:
+    """A title without =, |, + and the like, which W&B takes for emojis in the name of a workspace."""
+    return " ".join("".join(" " if unicodedata.category(c).startswith("S") else c for c in text).split())
+
+
 def build_report(tree: dict[str, Any]) -> Any:
-    """The report object, not yet saved: the table as it stands, then each section's panels over the table's runs."""
+    """The report object, not yet saved: the table as it stands, the commands, the sections over the table's runs."""
     wr, _ = modules(tree)
+    command = f"sam-repro run {tree['table']}\nsam-repro table {tree['table']}"
     blocks = [wr.TableOfContents(), wr.H1(text=tree["name"]), wr.MarkdownBlock(text=tree["report"]["text"])]
+    blocks += [wr.CodeBlock(code=command, language="markdown")]
     for section in tree["sections"]:
         runs = wr.Runset(
             entity=tree["entity"],
             project=tree["project"],
-            name=tree["run_group"],
-            filters=f"Metric('Group') in ['{tree['run_group']}']",
+            name=tree["table"],
+            filters=filter_of(tree),
             groupby=[f"config.{key}" for key in tree["group_by"]],
+            order=[wr.OrderBy(wr.SummaryMetric(tree["columns"][0]), ascending=False)],
+            run_settings={run: wr.RunSettings(color=g["colour"]) for g in tree["groups"] for run in g["runs"]},
+            pinned_columns=columns_of(tree),
         )
-        blocks += [wr.H2(text=section["name"]), wr.PanelGrid(runsets=[runs], panels=panels_of(section, wr))]
+        colours = {group_of(tree, group, wr): group["colour"] for group in tree["groups"]}
+        panels = [panel_of(panel, wr) for panel in section["panels"]]
+        blocks += [wr.H2(text=section["name"])]
+        blocks += [wr.PanelGrid(runsets=[runs], panels=panels, custom_run_colors=colours)]
     return wr.Report(
         entity=tree["entity"],
         project=tree["project"],
-        title=tree["name"],
+        title=tree["name"][:128],
         description=tree["report"]["description"],
         blocks=blocks,
         width="fluid",
     )
+
+
+def group_of(tree: dict[str, Any], group: dict[str, Any], wr: Any) -> Any:
+    """A group of runs as a report calls it."""
+    keys = zip(tree["group_by"], group["path"], strict=True)
+    named = tuple(wr.RunsetGroupKey(key=wr.Config(key), value=value) for key, value in keys)
+    return wr.RunsetGroup(runset_name=tree["table"], keys=named)
