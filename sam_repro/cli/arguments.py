@@ -40,5 +40,5 @@ def tables_and_overrides(words: list[str], command: str) -> tuple[list[str], lis
     """(names, key=value words) of a command line. Raises UserError where no table is named."""
     names = [word for word in words if "=" not in word]
     if not names:
-        raise UserError(f"no table is named; see sam-repro {command} --help")
+        raise UserError(f"name a table, such as sam-repro {command} table1; sam-repro {command} --help says more")
     return names, [word for word in words if "=" in word]

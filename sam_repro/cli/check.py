@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Print what is wrong, one line each; returns 1 if anything is."""
     if not (args.root / "results").is_dir():
-        raise UserError(f"{args.root} is no checkout: it has no folder results")
+        raise UserError(f"{args.root} is not a checkout, for it has no folder results/: add --root CHECKOUT")
     problems = [*rows_problems(args.root / "results" / "runs"), *settings_problems(), *warnings_problems()]
     for path, text in generated(args.root):
         if path.is_file() and path.read_text() == text:

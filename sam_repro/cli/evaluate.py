@@ -96,6 +96,8 @@ def load(args: Namespace) -> tuple[Config, nn.Module]:
     """The configuration and the model with its weights."""
     if not args.weights.exists():
         raise UserError(f"there is no {args.weights}")
+    if args.weights.is_dir() and not (args.weights / "model.safetensors").exists():
+        raise UserError(f"{args.weights} has no model.safetensors: its run has not ended; name a checkpoint, step-*.pt")
     from sam_repro.models.build import build_model, check_image_size
     from sam_repro.models.pretrained import load as load_into
     from sam_repro.models.pretrained import read_weights

@@ -26,9 +26,9 @@ def validate(cfg: Config) -> None:
     if cfg.train.memory is not None:
         memory_bytes(cfg.train.memory, "train.memory", total=1.0)
     if cfg.recipe.nesterov and not cfg.recipe.momentum:
-        raise UserError("recipe.nesterov=true must have a recipe.momentum greater than 0")
+        raise UserError("recipe.nesterov=true needs a momentum: set recipe.momentum=0.9")
     if cfg.data.label_noise and cfg.data.num_classes < 2:
-        raise UserError(f"data.label_noise={cfg.data.label_noise} must have two classes or more")
+        raise UserError(f"data.label_noise={cfg.data.label_noise} needs two classes or more: data.num_classes")
     if cfg.recipe.steps is not None:
         check_warmup(cfg, cfg.recipe.steps)
 
@@ -71,9 +71,12 @@ def check_method(o: OptimConfig) -> None:
     if o.decoupled and o.every > 1:
         raise UserError(f"optim.decoupled=true needs optim.every=1, not {o.every}: it keeps nothing between steps")
     if o.scope == "global" and (o.every > 1 or o.decoupled or o.combine == "cr" or o.kind == "entropy_sgd"):
-        raise UserError("optim.scope=global is for two passes in every step: not entropy_sgd, every, decoupled or cr")
+        raise UserError(
+            "optim.scope=global needs two passes in every step: not optim.kind=entropy_sgd, optim.every, "
+            "optim.decoupled or optim.combine=cr"
+        )
     if o.kind == "entropy_sgd" and o.perturb != "none":
-        raise UserError(f"optim.kind=entropy_sgd does not perturb: it wants optim.perturb=none, not {o.perturb}")
+        raise UserError(f"optim.kind=entropy_sgd does not perturb: set optim.perturb=none, not {o.perturb}")
 
 
 def check_images(data: DataConfig) -> None:

@@ -83,7 +83,7 @@ class Monitor:
             memory += f"besides up to {MAX_PRODUCTS} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
             if self.ranks.world > 1:  # the others wait for this rank in the middle of a product
-                raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 does without") from None
+                raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 leaves it out") from None
             return {"problem": f"sharpness was not measured: {why}"}
         except ValueError as error:  # of numbers that all ranks have
             return {"problem": f"sharpness was not measured: {error}"}

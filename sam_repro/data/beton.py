@@ -107,7 +107,9 @@ class BetonFile:
         heights, widths = image["height"].astype(np.int64), image["width"].astype(np.int64)
         size = np.where(raw, 3 * heights * widths, stored - CRC)
         if ((stored[raw] != size[raw]) & (stored[raw] != size[raw] + CRC)).any():  # with the checksum: our older files
-            raise UserError(f"{path} is damaged, or not of `sam-repro write`: raw pixels do not fit their size")
+            raise UserError(
+                f"{path} is damaged, or was not made by `sam-repro write`: raw pixels do not fit their size"
+            )
         if min(heights.min(), widths.min()) < MIN_SIDE:
             raise UserError(f"{path} is damaged or unusable: an image is smaller than {MIN_SIDE} pixels")
         if metadata["label"].min() < 0:

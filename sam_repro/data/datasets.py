@@ -161,7 +161,9 @@ def root_of(data: DataConfig) -> Path:
     if data.root is None and data.name == "digits":
         return Path(DIGITS_ROOT)
     if data.root is None:
-        raise UserError(f"data.root is not set: the folder of {data.name}, with train.beton or train/<class>/*.jpg")
+        raise UserError(
+            f"data.root is not set: add data.root=FOLDER, with {data.name}'s train.beton or train/<class>/*.jpg in it"
+        )
     root = Path(data.root).expanduser()
     if not root.is_dir() and data.name != "digits":
         raise UserError(f"data.root={data.root} is not a folder")
@@ -233,7 +235,7 @@ def find_source(root: Path, split: str) -> Source:
         return BetonSource(beton)
     if (root / split).is_dir():
         return FolderSource(root / split)
-    raise UserError(f"{root} has neither {split}.beton nor a folder {split}/ with one folder a class")
+    raise UserError(f"{root} has neither {split}.beton nor a folder {split}/ with one folder per class")
 
 
 def open_source(data: DataConfig, split: str, batch: int = 0) -> Source:

@@ -135,7 +135,9 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if name == "cpu" and wanted and Path("/dev/nvidiactl").exists():
-            raise UserError(f"torch sees no GPU, but CUDA_VISIBLE_DEVICES={wanted}; train.device=cpu is the other way")
+            raise UserError(
+                f"torch sees no GPU, but CUDA_VISIBLE_DEVICES={wanted}; train.device=cpu trains without one"
+            )
     require_device(name)
     if name == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
@@ -146,7 +148,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 def require_device(name: str) -> None:
     """Raise UserError where the device called `name` is not there."""
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"train.device={name}: auto, cpu or cuda")
+        raise UserError(f"train.device={name} must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no GPU here")
 

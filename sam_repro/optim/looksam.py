@@ -32,7 +32,7 @@ class LookSAMStep(GradientStep):
 
     def __init__(self, *arguments: Any, every: int = 5, reuse: float = 0.7, **keywords: Any):
         if every < 1:
-            raise ValueError(f"a sharpness-aware step every {every} steps; at least 1")
+            raise ValueError(f"every={every} must be at least 1")
         if keywords.get("decoupled"):
             raise ValueError("a decoupled method cannot be reused between its steps")
         super().__init__(*arguments, **keywords)

@@ -47,7 +47,10 @@ def open_data(cfg: Config, run: Run) -> Data:
     evaluation = {s: run.closing(open_split(cfg, ranks, s, training=False, batch_size=size)) for s in splits}
     test_sets = require(cfg.data, [name for name in canonical(cfg.data.eval_sets) if name != "val"])
     if len(train) == 0:
-        raise UserError(f"the training split has {train.samples} images, fewer than one batch of {recipe.batch_size}")
+        raise UserError(
+            f"the training split has {train.samples} images, fewer than one batch of {recipe.batch_size}: "
+            "lower recipe.batch_size"
+        )
     total = recipe.steps or max(1, int(recipe.epochs * train.samples / recipe.batch_size))
     check_warmup(cfg, total)
     return Data(train, evaluation, test_sets, local_batch, total)
@@ -77,7 +80,10 @@ def split_batch(cfg: Config, world: int) -> int:
         if not rest:
             why = f"optim.m={m} does not divide the batch of {local} images per process"
         fitting = [str(n) for n in range(1, batch + 1) if batch % (n * m) == 0 and n <= 1024]
-        raise UserError(f"{why}; numbers of processes that fit: {', '.join(fitting)}" if fitting else why)
+        remedy = f"numbers of processes that fit: {', '.join(fitting)}"
+        if not fitting:
+            remedy = f"set recipe.batch_size to a multiple of {m}, or lower optim.m"
+        raise UserError(f"{why}; {remedy}")
     if cfg.augment.mixup and (cfg.optim.m == 1 or local % (cfg.optim.m or local)):
         why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {local} images per process"
         raise UserError(f"augment.mixup mixes within groups of optim.m={cfg.optim.m} images, which {why}")

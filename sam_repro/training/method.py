@@ -84,7 +84,7 @@ def part_of(o: OptimConfig, local_batch: int) -> int:
         return local_batch
     part, rest = divmod(local_batch, o.inner_parts)
     if rest:
-        raise UserError(f"optim.inner_parts={o.inner_parts} does not divide the batch of {local_batch} a process")
+        raise UserError(f"optim.inner_parts={o.inner_parts} does not divide the batch of {local_batch} per process")
     return part
 
 
@@ -102,7 +102,7 @@ def group_of(o: OptimConfig, part: int, *, alike: bool, stochastic: bool) -> int
     if part % m:
         if o.kind == "entropy_sgd":
             raise UserError(f"optim.m={m} does not divide the {part} images of an inner step")
-        raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} a process")
+        raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} per process")
     return m
 
 

@@ -234,6 +234,11 @@ def test_batch_must_divide_over_the_processes(tmp_path):
     cfg = compose_config([*TINY])
     with pytest.raises(ValueError, match="recipe.batch_size=32 does not divide over 3 processes"):
         split_batch(cfg, int(env["WORLD_SIZE"]))
+    cfg.optim.m = 64
+    with pytest.raises(
+        ValueError, match="32 images per process; set recipe.batch_size to a multiple of 64, or lower optim.m"
+    ):
+        split_batch(cfg, 1)
 
 
 def test_a_second_process_is_refused(tmp_path):

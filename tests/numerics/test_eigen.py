@@ -160,7 +160,7 @@ def test_half_precision_parameters_get_products_in_float32():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"every": 0}, "every k=0 steps with p=5 products: both at least 1"),
+        ({"every": 0}, "every k=0 steps with p=5 products: both must be at least 1"),
         ({"iterations": 0}, "p=0 products"),
         ({"images": "all"}, "unknown images 'all'"),
     ],

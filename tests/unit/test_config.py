@@ -288,7 +288,7 @@ def test_numbers_that_types_cannot_express(override):
 
 
 def test_numbers_that_contradict_each_other():
-    with pytest.raises(UserError, match="recipe.nesterov=true must have a recipe.momentum"):
+    with pytest.raises(UserError, match="recipe.nesterov=true needs a momentum: set recipe.momentum=0.9"):
         validate(compose_config(["recipe.nesterov=true", "recipe.momentum=0"]))
     with pytest.raises(UserError, match="recipe.warmup_steps=10000 must not exceed the 99 .* recipe.warmup_steps=9$"):
         validate(compose_config(["recipe.steps=99"]))

@@ -295,7 +295,7 @@ def test_bad_input_is_one_sentence(root, tmp_path):
         (config(root, num_classes=9), {}, "has 7 classes in train, but data.num_classes=9"),
         (config(root / "folders", num_classes=3), {}, "has 7 classes in train, but data.num_classes=3"),
         (config(root), {"split": "minival"}, "holds none of 203"),
-        (config(root), {"batch": 500}, "fewer than one batch of 500"),
+        (config(root), {"batch": 500}, "fewer than one batch of 500: set recipe.batch_size to"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
             make(data, **options)

@@ -97,6 +97,12 @@ def test_evaluate_takes_our_names_and_timm_s(tmp_path):
         load(arguments(tmp_path / "w.safetensors", "--model", "resnet5O"))
 
 
+def test_a_run_that_has_not_ended_has_no_weights_to_evaluate(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="has no model.safetensors: its run has not ended; name a checkpoint"):
+        load(arguments(tmp_path))
+
+
 def test_evaluate_refuses_views_that_lose_pixels(model, tmp_path):
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "v.safetensors")
     for words, sentence in (

@@ -115,7 +115,10 @@ def build_loader(
             members = members[balanced(source.labels[members], sample, seed)]
         plan = BatchPlan(members, batch_size, seed, training, rank, world)
         if training and len(plan) == 0:
-            raise UserError(f"{split} has {len(members)} images, fewer than one batch of {batch_size * world}")
+            raise UserError(
+                f"{split} has {len(members)} images, fewer than one batch of {batch_size * world}: "
+                f"set recipe.batch_size to {len(members)} at most"
+            )
         if (training or sample) and data.label_noise:  # after the split, which goes by the true labels
             source.labels = noisy(source.labels, data.label_noise, data.num_classes)
         threads: dict[str, Any] = {"workers": worker_count(data.workers, world), "device": device}

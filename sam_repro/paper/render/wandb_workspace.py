@@ -30,7 +30,7 @@ def modules(tree: dict[str, Any]) -> tuple[Any, Any]:
     except ImportError:
         raise UserError("building a workspace needs `pip install wandb-workspaces`") from None
     if not tree.get("entity"):
-        raise UserError("W&B workspaces belong to a user or team: give --entity")
+        raise UserError("a W&B workspace belongs to a user or a team: add --entity NAME")
     return wr, ws
 
 
