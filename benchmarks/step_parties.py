@@ -38,14 +38,14 @@ class Bench:
     """One model on one device and everything that the parties share."""
 
     def __init__(self, name: str, batch: int, size: int, device: str):
-        self.name, self.batch, self.size, self.device = name, batch, size, torch.device(device)
-        self.gpu = device == "cuda"
+        self.name, self.batch, self.size = name, batch, size
+        self.ranks = Ranks(0, 1, 0, 1, torch.device(device))
+        self.device, self.gpu = self.ranks.device, self.ranks.device.type == "cuda"
         self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
         self.labels = torch.randint(0, 1000, (batch,), device=self.device)
-        self.ranks = Ranks(0, 1, 0, 1, self.device)
 
     def config(self, *overrides: str) -> Config:
-        fixed = [f"recipe.batch_size={self.batch}", f"train.device={self.device}", "train.dtype=auto"]
+        fixed = [f"recipe.batch_size={self.batch}", f"train.device={self.device.type}", "train.dtype=auto"]
         fixed += [f"data.image_size={self.size}", f"data.eval_resize={self.size}"]
         return compose_config([f"model={self.name}", *fixed, *overrides])
 

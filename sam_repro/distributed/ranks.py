@@ -39,6 +39,8 @@ class Ranks:
     heart: Heart | None = None
 
     def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())  # torch's memory calls want a number
         self.waits = Waits(self.device)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from sam_repro.models.build import build_model
 from sam_repro.optim.memory import WORDS, no_memory
 from sam_repro.training.memory import (
     cgroup_limits,
+    kept_by_autograd,
     measure,
     memory_file,
     memory_sentence,
@@ -135,6 +138,22 @@ def test_a_measurement_leaves_no_trace():
     )
     assert torch.equal(state, torch.get_rng_state()) and transient >= 0 and per_image > 1e5
     assert all(map(torch.equal, before, step.buffers.values()))
+
+
+def test_a_measurement_frees_what_it_kept():
+    weight, kept = torch.ones(4, requires_grad=True), []
+
+    def forward() -> torch.Tensor:
+        y = weight.exp()  # whose node keeps its own result
+        kept.append(weakref.ref(y))
+        return y.sum()
+
+    gc.disable()  # only the last reference frees
+    try:
+        assert kept_by_autograd(forward, {"weight": weight}) == 16
+    finally:
+        gc.enable()
+    assert kept[0]() is None
 
 
 def test_batchnorm_sees_its_group():

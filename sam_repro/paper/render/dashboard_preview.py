@@ -20,7 +20,7 @@ ACROSS, MOST_ROWS = 3, 12  # panels next to each other; runs in the table
 WIDTH, PANEL, HEADING, LINE = 11.0, 2.1, 0.3, 0.2  # inches
 SMALL = RC | {"font.size": 8, "axes.titlesize": 8.5, "axes.titlepad": 6, "axes.titleweight": "normal"}
 
-Points = dict[int, float]
+Points = dict[float, float]  # {step: value}
 
 
 def draw_preview(tree: dict[str, Any], rows: dict[str, Row]) -> Figure:

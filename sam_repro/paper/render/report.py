@@ -71,11 +71,18 @@ def figures_in(folder: Path) -> dict[str, Markup]:
 def claims(tables: list[JoinedTable]) -> dict[str, list[dict[str, str]]]:
     """The claims that could be tested: those decided, the confirmed ones first, and those open."""
     entries = [
-        {"word": j.word, "text": j.text, "effect": effect, "limits": limits, "table": t.table.name, "title": short(t)}
+        {
+            "word": j.word,
+            "text": j.text,
+            "effect": effect + end,
+            "limits": limits.lstrip(),
+            "table": t.table.name,
+            "title": short(t),
+        }
         for t in tables
         for j in judged(t.table, t.outcomes)
         if j.p is not None
-        for effect, limits in [re.fullmatch(r"(.*?\)\.) ?(.*)", j.why).groups()]
+        for effect, end, limits in [j.why.partition(").")]
     ]
     entries.sort(key=lambda claim: not claim["word"].startswith("confirmed"))
     return {
