@@ -302,19 +302,36 @@ def render(image, out, geometry, seed, epoch, index):
 @njit(cache=True, nogil=True)
 def render_box(image, top, left, h, w, flip, out, geometry):
     """`render` with the outcome of crop_box: only the box is looked at, unless the mode is PAD."""
-    size, target, shift_y, shift_x = geometry.size, out, top, left
-    if geometry.mode == PAD:
-        top, left, h, w = 0, 0, image.shape[0], image.shape[1]
-        target = np.empty_like(out)
-    fit_h, fit_w, y_start, x_start = _fit(h, w, geometry)
-    rows = _axis(h, fit_h, y_start, size, geometry.filter)
-    columns = _axis(w, fit_w, x_start, size, geometry.filter)
+    box = whole_or_box(top, left, h, w, image.shape[0], image.shape[1], geometry)
+    rows, columns = axes(box[2], box[3], geometry)
+    target = np.empty_like(out) if geometry.mode == PAD else out
     # One call: each further one, with constants for arguments, would be compiled for itself.
-    _resample(image, top, left, rows, columns, geometry.fill, flip, target)
+    _resample(image, box[0], box[1], rows, columns, geometry.fill, flip, target)
     if geometry.mode == PAD:
-        shift_x = -shift_x if flip else shift_x  # what is shifted is mirrored already
-        for y in range(size):
-            for x in range(size):
-                inside = 0 <= y + shift_y < size and 0 <= x + shift_x < size
-                for c in range(3):
-                    out[y, x, c] = target[y + shift_y, x + shift_x, c] if inside else np.uint8(0)
+        shift(target, top, left, flip, out)
+
+
+@njit(cache=True, nogil=True)
+def whole_or_box(top, left, h, w, height, width, geometry):
+    """(top, left, h, w) of what is looked at: the outcome of crop_box, or the whole image with PAD."""
+    return (0, 0, height, width) if geometry.mode == PAD else (top, left, h, w)
+
+
+@njit(cache=True, nogil=True)
+def axes(h, w, geometry):
+    """The two `_axis` by which a box of h x w pixels becomes the output."""
+    fit_h, fit_w, y_start, x_start = _fit(h, w, geometry)
+    rows = _axis(h, fit_h, y_start, geometry.size, geometry.filter)
+    return rows, _axis(w, fit_w, x_start, geometry.size, geometry.filter)
+
+
+@njit(cache=True, nogil=True)
+def shift(image, down, right, flip, out):
+    """PAD: the window over the zero-padded image, which is mirrored already."""
+    size = out.shape[0]
+    right = -right if flip else right
+    for y in range(size):
+        for x in range(size):
+            inside = 0 <= y + down < size and 0 <= x + right < size
+            for c in range(3):
+                out[y, x, c] = image[y + down, x + right, c] if inside else np.uint8(0)

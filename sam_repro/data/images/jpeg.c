@@ -2,8 +2,8 @@
  *
  * Rows above the box skip the inverse transform, rows below it are not read, and columns beside it are left out; the
  * pixels inside are those of a whole decode, to the bit. A JPEG whose MCU rows are cut into restart segments is decoded
- * from the segments that the box touches, joined to a smaller JPEG: nothing else is Huffman-decoded. Compiled on first
- * use by data/images/jpeg.py.
+ * from the segments that the box touches, joined to a smaller JPEG: nothing else is Huffman-decoded. The box is then
+ * resampled, with the pixels of crop.py. Compiled on first use by data/images/jpeg.py.
  */
 #include <setjmp.h>
 #include <stdint.h>
@@ -69,7 +69,7 @@ static int64_t decode_box(const unsigned char *data, uint64_t size, int64_t heig
     return -1;
   }
   begin(&jpeg, data, size);
-  jpeg.out_color_space = JCS_RGB;
+  jpeg.out_color_space = JCS_EXT_RGBX;
   if (jpeg.image_height != height || jpeg.image_width != width) leave((j_common_ptr)&jpeg);
   jpeg_start_decompress(&jpeg);
   int64_t begin_row = top > MARGIN ? top - MARGIN : 0, end_row = top + h + MARGIN;
@@ -83,7 +83,7 @@ static int64_t decode_box(const unsigned char *data, uint64_t size, int64_t heig
     JSAMPROW rows[ROWS];
     JDIMENSION count = 0;
     for (; count < ROWS && jpeg.output_scanline + count < end_row; count++)
-      rows[count] = out + 3 * (size_t)columns * (down + jpeg.output_scanline + count);
+      rows[count] = out + 4 * (size_t)columns * (down + jpeg.output_scanline + count);
     jpeg_read_scanlines(&jpeg, rows, count);
   }
   long warnings = jpeg.err->num_warnings;
@@ -194,9 +194,9 @@ static unsigned char *copy_segments(const unsigned char *data, uint64_t size, co
   return to + TAIL;
 }
 
-/* Decode the box of h x w pixels at (top, left) of a JPEG of height x width pixels, as RGB.
+/* Decode the box of h x w pixels at (top, left) of a JPEG of height x width pixels, as RGB and a byte without meaning.
  *
- * out has room for 3 * height * width bytes. It gets rows of `columns` pixels, of which row r is the image's row r
+ * out has room for 4 * height * width bytes. It gets rows of `columns` pixels, of which row r is the image's row r
  * from column x on; only the box is filled. Returns x * 65536 + columns, or -1 on any error, warning or other sides.
  */
 int64_t sam_repro_jpeg_box(const unsigned char *data, uint64_t size, int64_t height, int64_t width, int64_t top,
@@ -218,6 +218,71 @@ int64_t sam_repro_jpeg_box(const unsigned char *data, uint64_t size, int64_t hei
   if (end) place = decode_box(joined, end - joined, rows, columns, top - y, left - x, h, w, y, out);
   free(joined);
   return place < 0 ? -1 : place + x * 65536;
+}
+
+typedef float four __attribute__((vector_size(16)));
+
+/* What crop.py's _axis returns: output i is the sum over t < taps[i] of weights[i * stride + t] * input[first[i] + t].
+ * There are at least two weights per output, and 0 stands where there is no tap. So two are always added. */
+struct axis {
+  const int64_t *first, *taps;
+  const float *weights;
+  int64_t stride;
+};
+
+/* The weighted sum of the rows of `bytes` bytes that make output row y. */
+static void add_rows(const unsigned char *pixels, int64_t row, struct axis axis, int64_t y, int64_t bytes,
+                     float *restrict to) {
+  const unsigned char *first = axis.taps[y] ? pixels + axis.first[y] * row : pixels;
+  const unsigned char *second = axis.taps[y] > 1 ? first + row : first;
+  const float *weights = axis.weights + y * axis.stride;
+  for (int64_t k = 0; k < bytes; k++) to[k] = weights[0] * first[k] + weights[1] * second[k];
+  for (int64_t t = 2; t < axis.taps[y]; t++)
+    for (int64_t k = 0; k < bytes; k++) to[k] += weights[t] * first[t * row + k];
+}
+
+/* The weighted sums of at most `most` pixels of a line, which begins where the axis does, plus 1/2. */
+static void add_columns(const four *line, struct axis axis, int64_t most, int64_t size, int64_t flip,
+                        four *restrict to) {
+  for (int64_t i = 0, x = flip ? size - 1 : 0; i < size; i++, x += flip ? -1 : 1) {
+    const float *weights = axis.weights + x * axis.stride;
+    const four *first = line + axis.first[x] - axis.first[0];
+    to[i] = 0.5f + weights[0] * first[0] + weights[1] * first[1];
+    for (int64_t t = 2; t < most; t++) to[i] += weights[t] * first[t];
+  }
+}
+
+static void round_down(const float *restrict from, int64_t count, unsigned char *restrict to) {
+  for (int64_t k = 0; k < count; k++) to[k] = (int32_t)from[k];
+}
+
+/* crop.py's _resample for four bytes per pixel: the same arithmetic in the same order, on all colours at once.
+ *
+ * pixels: the box's first; a row of the image has `columns`. fill: red + 256 * green + 65536 * blue.
+ * out: [size, size, 3]. Returns whether there was memory for a line.
+ */
+int64_t sam_repro_jpeg_resample(const unsigned char *pixels, int64_t columns, const int64_t *y_first,
+                                const int64_t *y_taps, const float *y_weights, int64_t y_stride, const int64_t *x_first,
+                                const int64_t *x_taps, const float *x_weights, int64_t x_stride, int64_t flip,
+                                int64_t fill, int64_t size, unsigned char *out) {
+  struct axis y_axis = {y_first, y_taps, y_weights, y_stride}, x_axis = {x_first, x_taps, x_weights, x_stride};
+  int64_t width = x_first[size - 1] + x_taps[size - 1] - x_first[0], most = 0;
+  for (int64_t i = 0; i < size; i++) most = x_taps[i] > most ? x_taps[i] : most;
+  four *line = aligned_alloc(16, 16 * (width + most + 2) + 20 * (size + 4)), *sums = line + width + most + 2;
+  unsigned char *rounded = (unsigned char *)(sums + size);
+  if (!line) return 0;
+  memset(line + width, 0, 16 * (most + 2)); /* what weights of 0 meet */
+  for (int64_t y = 0; y < size; y++, out += 3 * size) {
+    add_rows(pixels + 4 * x_first[0], 4 * columns, y_axis, y, 4 * width, (float *)line);
+    add_columns(line, x_axis, most, size, flip, sums);
+    round_down((float *)sums, 4 * size, rounded);
+    for (int64_t i = 0; i < size - 1; i++) memcpy(out + 3 * i, rounded + 4 * i, 4); /* the next covers the fourth */
+    memcpy(out + 3 * (size - 1), rounded + 4 * (size - 1), 3);
+    for (int64_t i = 0; fill && i < size; i++)
+      if (!y_taps[y] || !x_taps[flip ? size - 1 - i : i]) memcpy(out + 3 * i, &fill, 3);
+  }
+  free(line);
+  return 1;
 }
 
 /* MCUs of a restart segment: that divisor of the MCUs of a row which comes nearest to the wanted number, by ratio. */

@@ -21,16 +21,20 @@ import llvmlite.binding
 import numpy as np
 from numba import njit, types
 
-from sam_repro.data.images.crop import PAD, crop_box, render_box
+from sam_repro.data.images.crop import PAD, axes, crop_box, shift, whole_or_box
 from sam_repro.records.files import sha256, write_atomic
 
 SOURCE = Path(__file__).with_name("jpeg.c")
-FLAGS = ("-O2", "-shared", "-fPIC")
-SYMBOLS = ("sam_repro_jpeg_sides", "sam_repro_jpeg_box", "sam_repro_jpeg_recode")
+FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
+SYMBOLS = ("sam_repro_jpeg_sides", "sam_repro_jpeg_box", "sam_repro_jpeg_recode", "sam_repro_jpeg_resample")
 
 # By name, so that kernels can be cached on disk: an address could not.
 _sides = types.ExternalFunction(SYMBOLS[0], types.int64(types.uintp, types.uint64))
 _box = types.ExternalFunction(SYMBOLS[1], types.int64(types.uintp, types.uint64, *[types.int64] * 6, types.uintp))
+_axis = types.uintp, types.uintp, types.uintp, types.int64
+_resample = types.ExternalFunction(
+    SYMBOLS[3], types.int64(types.uintp, types.int64, *_axis, *_axis, *[types.int64] * 3, types.uintp)
+)
 
 
 @functools.cache
@@ -104,15 +108,22 @@ def render_jpeg(address, size, height, width, scratch, out, geometry, seed, epoc
             return False
         height, width = sides // 65536, sides % 65536
     top, left, h, w, flip = crop_box(seed, epoch, index, height, width, geometry)
-    box = (0, 0, height, width) if geometry.mode == PAD else (top, left, h, w)
-    if scratch.size < 3 * height * width:
-        scratch = np.empty(3 * height * width, np.uint8)
-    place = _box(address, size, height, width, box[0], box[1], box[2], box[3], scratch.ctypes.data)
+    y, x, h, w = whole_or_box(top, left, h, w, height, width, geometry)
+    if scratch.size < 4 * height * width:
+        scratch = np.empty(4 * height * width, np.uint8)
+    place = _box(address, size, height, width, y, x, h, w, scratch.ctypes.data)
     if place < 0:
         return False
-    x, columns = place // 65536, place % 65536
-    pixels = scratch[: 3 * height * columns].reshape(height, columns, 3)
-    if geometry.mode != PAD:
-        left -= x
-    render_box(pixels, top, left, h, w, flip, out, geometry)
-    return True
+    x, stored = x - place // 65536, place % 65536
+    rows, columns = axes(h, w, geometry)
+    target = np.empty_like(out) if geometry.mode == PAD else out
+    red, green, blue = geometry.fill
+    done = _resample(
+        scratch.ctypes.data + 4 * (y * stored + x), stored,
+        rows[0].ctypes.data, rows[1].ctypes.data, rows[2].ctypes.data, rows[2].shape[1],
+        columns[0].ctypes.data, columns[1].ctypes.data, columns[2].ctypes.data, columns[2].shape[1],
+        flip, red | green << 8 | blue << 16, geometry.size, target.ctypes.data,
+    )  # fmt: skip
+    if geometry.mode == PAD:
+        shift(target, top, left, flip, out)
+    return done == 1

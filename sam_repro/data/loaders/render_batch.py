@@ -57,7 +57,7 @@ class BatchRenderer:
         for index in indices[~file.checked[indices]]:
             file.sample(index)
         if not hasattr(self.scratch, "image"):
-            self.scratch.image = np.empty(3 * int((file.heights * file.widths).max()), np.uint8)
+            self.scratch.image = np.empty(4 * int((file.heights * file.widths).max()), np.uint8)
             self.scratch.stored = np.empty(int(file.sizes.max()), np.uint8)
         tables = file.pointers, file.sizes, file.heights, file.widths, file.raw
         descriptor = -1 if len(memory) else file.descriptor
@@ -69,7 +69,7 @@ class BatchRenderer:
         if encoded is None:
             return False
         if not hasattr(self.scratch, "image"):
-            self.scratch.image = np.empty(3 << 18, np.uint8)
+            self.scratch.image = np.empty(4 << 18, np.uint8)
         stored = np.frombuffer(encoded, np.uint8)
         where = stored.ctypes.data, len(stored), 0, 0, self.scratch.image
         return jpeg.render_jpeg(*where, out, self.geometry, self.seed, epoch, index)
