@@ -2,8 +2,8 @@
  *
  * Rows above the box skip the inverse transform, rows below it are not read, and columns beside it are left out; the
  * pixels inside are those of a whole decode, to the bit. A JPEG whose MCU rows are cut into restart segments is decoded
- * from the segments that the box touches, joined to a smaller JPEG: nothing else is Huffman-decoded. The box is then
- * resampled, with the pixels of crop.py. Compiled on first use by data/images/jpeg.py.
+ * from the segments that the box touches: nothing else is Huffman-decoded. The box is then resampled, with the pixels of
+ * crop.py. Compiled on first use by data/images/jpeg.py.
  */
 #include <setjmp.h>
 #include <stdint.h>
@@ -11,12 +11,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <jpeglib.h>
-#include <jerror.h>
 
 #define MARGIN 2 /* pixels around the box that chroma upsampling looks at */
 #define ROWS 4 /* a call */
-#define PAD 8 /* zero bytes after a joined segment: libjpeg-turbo's fast path reads 6 bytes at once, and never over a marker */
-#define TAIL 5120 /* zero bytes after the last: the fast path wants 512 for each of the 10 blocks of the largest MCU */
+#define LOOK 10 /* bits with which a Huffman table is entered */
+#define TAIL 4096 /* zero bytes after the segments: more than damage can make one MCU of 10 blocks read */
 
 struct failure {
   struct jpeg_error_mgr manager;
@@ -25,10 +24,8 @@ struct failure {
 
 static void leave(j_common_ptr common) { longjmp(((struct failure *)common->err)->jump, 1); }
 
-/* Warnings count, but for the padding of joined segments: any other length shows damage. */
 static void count_only(j_common_ptr common, int level) {
-  struct jpeg_error_mgr *err = common->err;
-  if (level < 0 && !(err->msg_code == JWRN_EXTRANEOUS_DATA && err->msg_parm.i[0] == PAD)) err->num_warnings++;
+  if (level < 0) common->err->num_warnings++;
 }
 
 static void begin(struct jpeg_decompress_struct *jpeg, const unsigned char *data, uint64_t size) {
@@ -56,39 +53,6 @@ int64_t sam_repro_jpeg_sides(const unsigned char *data, uint64_t size) {
   int64_t sides = (int64_t)jpeg.image_height * 65536 + jpeg.image_width;
   jpeg_destroy_decompress(&jpeg);
   return sides;
-}
-
-/* sam_repro_jpeg_box of one JPEG as it is; row r of it becomes row r + down of out. */
-static int64_t decode_box(const unsigned char *data, uint64_t size, int64_t height, int64_t width, int64_t top,
-                          int64_t left, int64_t h, int64_t w, int64_t down, unsigned char *out) {
-  struct jpeg_decompress_struct jpeg;
-  struct failure failure;
-  prepare(&jpeg, &failure);
-  if (setjmp(failure.jump)) {
-    jpeg_destroy_decompress(&jpeg);
-    return -1;
-  }
-  begin(&jpeg, data, size);
-  jpeg.out_color_space = JCS_EXT_RGBX;
-  if (jpeg.image_height != height || jpeg.image_width != width) leave((j_common_ptr)&jpeg);
-  jpeg_start_decompress(&jpeg);
-  int64_t begin_row = top > MARGIN ? top - MARGIN : 0, end_row = top + h + MARGIN;
-  int64_t begin_column = left > MARGIN ? left - MARGIN : 0, end_column = left + w + MARGIN;
-  if (end_row > height) end_row = height;
-  if (end_column > width) end_column = width;
-  JDIMENSION x = begin_column, columns = end_column - begin_column;
-  if (columns < width) jpeg_crop_scanline(&jpeg, &x, &columns);
-  if (begin_row) jpeg_skip_scanlines(&jpeg, begin_row);
-  while (jpeg.output_scanline < end_row) {
-    JSAMPROW rows[ROWS];
-    JDIMENSION count = 0;
-    for (; count < ROWS && jpeg.output_scanline + count < end_row; count++)
-      rows[count] = out + 4 * (size_t)columns * (down + jpeg.output_scanline + count);
-    jpeg_read_scanlines(&jpeg, rows, count);
-  }
-  long warnings = jpeg.err->num_warnings;
-  jpeg_destroy_decompress(&jpeg);
-  return warnings ? -1 : (int64_t)x * 65536 + columns;
 }
 
 /* Where the parts of a sequential JPEG of one scan lie. */
@@ -171,27 +135,240 @@ static const unsigned char *next_marker(const unsigned char *at, const unsigned 
   return NULL;
 }
 
-/* Copy the segments of MCU rows [y0, y1), of which those in [x0, x1) of a row. Returns the byte after them, or NULL
- * where the markers are not as they must be. */
-static unsigned char *copy_segments(const unsigned char *data, uint64_t size, const struct layout *layout, int64_t y0,
-                                    int64_t y1, int64_t x0, int64_t x1, unsigned char *to) {
+/* ---- Huffman decoding -----------------------------------------------------------------------------------------------
+ *
+ * libjpeg-turbo has a fast path, but never takes it in a file with restart markers. So segments are decoded here, and
+ * libjpeg, which is told to ask for MCUs here, does the rest. The zeros that JPEG puts after 0xFF are removed first, so
+ * that eight bytes can be taken at once.
+ */
+
+static const unsigned char ZIGZAG[64] = {
+    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
+    41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
+};
+
+/* A Huffman code. An entry of `look`, which the next LOOK bits find, is value << 16 | size << 12 | run << 8 | length:
+ * a run of zeros and a coefficient of `size` bits. Where these are among the LOOK bits, too, `value` is the coefficient
+ * and `length` counts all bits; else it is 0 and `length` counts those of the code. It is 0 for longer codes. */
+struct code {
+  uint32_t look[1 << LOOK];
+  uint32_t end[17]; /* above all codes of that length, as 16 bits */
+  int32_t offset[17];
+  const UINT8 *symbols; /* run << 4 | size */
+};
+
+struct reader {
+  const unsigned char *at; /* the first byte that is not in `bits` */
+  uint64_t bits;           /* the next bits, from the highest */
+  int count;               /* how many there are */
+};
+
+/* The segments of a crop, one after the other, and how far they are decoded. */
+struct segments {
+  unsigned char *data, *end; /* of the segment that is next */
+  int64_t *lengths;          /* bytes */
+  int64_t interval, left;    /* MCUs: of a segment, and of the present one */
+  struct reader reader;
+  int last[MAX_COMPS_IN_SCAN];
+  struct code dc[NUM_HUFF_TBLS], ac[NUM_HUFF_TBLS];
+};
+
+/* The number that JPEG writes as the `size` highest of `bits`. */
+static int number(uint64_t bits, int size) {
+  int64_t plain = size ? (int64_t)(bits >> (64 - size)) : 0;
+  return size && plain < 1 << (size - 1) ? plain - (1 << size) + 1 : plain;
+}
+
+static uint32_t entry_of(int symbol, int length, int value) {
+  return (uint32_t)value << 16 | (symbol & 15) << 12 | symbol >> 4 << 8 | length;
+}
+
+static void make_code(struct code *code, const JHUFF_TBL *table) {
+  uint32_t next = 0;
+  int k = 0;
+  memset(code->look, 0, sizeof code->look);
+  code->symbols = table->huffval;
+  for (int length = 1; length <= 16; length++, next <<= 1) {
+    code->offset[length] = k - (int32_t)next;
+    for (int i = 0; i < table->bits[length]; i++, k++, next++) {
+      int symbol = table->huffval[k], size = symbol & 15, whole = size && length + size <= LOOK;
+      for (uint32_t j = 0; length <= LOOK && j < 1u << (LOOK - length); j++)
+        code->look[next << (LOOK - length) | j] =
+            whole ? entry_of(symbol, length + size, number((uint64_t)j << (64 - LOOK + length), size))
+                  : entry_of(symbol, length, 0);
+    }
+    code->end[length] = next << (16 - length);
+  }
+}
+
+static void refill(struct reader *in) {
+  uint64_t bytes;
+  memcpy(&bytes, in->at, 8);
+  in->bits |= __builtin_bswap64(bytes) >> in->count;
+  in->at += (63 - in->count) >> 3;
+  in->count |= 56;
+}
+
+static void drop(struct reader *in, int count) {
+  in->bits <<= count;
+  in->count -= count;
+}
+
+/* The entry of a code of more than LOOK bits; 0 if there is none. */
+static uint32_t long_entry(const struct code *code, uint64_t bits) {
+  uint32_t top = bits >> 48;
+  for (int length = LOOK + 1; length <= 16; length++)
+    if (top < code->end[length])
+      return entry_of(code->symbols[code->offset[length] + (int32_t)(top >> (16 - length))], length, 0);
+  return 0;
+}
+
+/* Read a run and a coefficient, of `code`. Returns its entry; 0 if the bits are no code. */
+static inline uint32_t next_entry(struct reader *in, const struct code *code, int *value) {
+  refill(in);
+  uint32_t entry = code->look[in->bits >> (64 - LOOK)];
+  *value = (int32_t)entry >> 16;
+  if (*value) {
+    drop(in, entry & 31);
+    return entry;
+  }
+  if (!entry && !(entry = long_entry(code, in->bits))) return 0;
+  int size = entry >> 12 & 15;
+  drop(in, entry & 31);
+  *value = number(in->bits, size);
+  drop(in, size);
+  return entry;
+}
+
+/* Decode 64 coefficients, in zeros that are there. Returns whether they are possible. */
+static int decode_block(struct reader *from, const struct code *dc, const struct code *ac, int *last, JCOEF *block) {
+  struct reader in = *from;
+  int value;
+  if (!next_entry(&in, dc, &value)) return 0;
+  block[0] = *last += value;
+  for (int k = 1; k < 64; k++) {
+    uint32_t entry = next_entry(&in, ac, &value), run = entry >> 8 & 15;
+    k += run;
+    if (value) {
+      if (k > 63) return 0;
+      block[ZIGZAG[k]] = value;
+    } else if (!entry) {
+      return 0;
+    } else if (run != 15) { /* which stands for 16 zeros; else the rest is zeros */
+      break;
+    }
+  }
+  *from = in;
+  return 1;
+}
+
+/* In place of libjpeg's function: the coefficients of the next MCU; without `blocks` they are only passed over. */
+static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks) {
+  struct segments *segments = jpeg->client_data;
+  JBLOCK nowhere;
+  if (!segments->left) {
+    segments->left = segments->interval;
+    segments->reader = (struct reader){.at = segments->data};
+    segments->end = segments->data += *segments->lengths++;
+    memset(segments->last, 0, sizeof segments->last);
+  }
+  for (int i = 0; i < jpeg->blocks_in_MCU; i++) {
+    int c = jpeg->MCU_membership[i];
+    const jpeg_component_info *component = jpeg->cur_comp_info[c];
+    const struct code *dc = segments->dc + component->dc_tbl_no, *ac = segments->ac + component->ac_tbl_no;
+    if (!decode_block(&segments->reader, dc, ac, segments->last + c, blocks ? *blocks[i] : nowhere))
+      leave((j_common_ptr)jpeg);
+  }
+  int64_t unread = 8 * (segments->end - segments->reader.at) + segments->reader.count;
+  if (unread < 0 || (!--segments->left && unread > 7)) leave((j_common_ptr)jpeg);
+  return TRUE;
+}
+
+/* Have libjpeg, which has read the tables, ask for these segments. */
+static void use_segments(struct jpeg_decompress_struct *jpeg, struct segments *segments) {
+  struct decoder { /* how jpeg_entropy_decoder begins in all versions of libjpeg, whose header is private */
+    void (*start_pass)(j_decompress_ptr);
+    boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
+  } *decoder = (struct decoder *)jpeg->entropy;
+  for (int c = 0; c < jpeg->comps_in_scan; c++) {
+    int dc = jpeg->cur_comp_info[c]->dc_tbl_no, ac = jpeg->cur_comp_info[c]->ac_tbl_no;
+    if (!segments->dc[dc].symbols) make_code(segments->dc + dc, jpeg->dc_huff_tbl_ptrs[dc]);
+    if (!segments->ac[ac].symbols) make_code(segments->ac + ac, jpeg->ac_huff_tbl_ptrs[ac]);
+  }
+  jpeg->client_data = segments;
+  decoder->decode_mcu = decode_mcu;
+}
+
+/* Copy the entropy-coded bytes from `at` to `end` without the zeros after 0xFF. Returns the byte after the copy. */
+static unsigned char *copy_plain(const unsigned char *at, const unsigned char *end, unsigned char *to) {
+  while (at < end) {
+    const unsigned char *ff = memchr(at, 0xFF, end - at);
+    size_t bytes = (ff ? ff + 1 : end) - at;
+    memcpy(to, at, bytes);
+    at += bytes + 1;
+    to += bytes;
+  }
+  return to;
+}
+
+/* Copy the segments of MCU rows [y0, y1), of which those in [x0, x1) of a row, and TAIL zeros. Returns whether the
+ * markers are as they must be. */
+static int copy_segments(const unsigned char *data, uint64_t size, const struct layout *layout, int64_t y0, int64_t y1,
+                         int64_t x0, int64_t x1, int64_t *lengths, unsigned char *to) {
   const unsigned char *at = data + layout->scan, *end = data + size;
-  int64_t a_row = layout->across / layout->interval, index = 0, last = layout->down * a_row - 1, copied = 0;
+  int64_t a_row = layout->across / layout->interval, index = 0, last = layout->down * a_row - 1;
   for (int64_t y = 0; y < y1; y++)
     for (int64_t x = 0; x < a_row; x++, index++) {
       const unsigned char *marker = next_marker(at, end);
-      if (!marker || marker[1] != (index == last ? 0xD9 : 0xD0 + index % 8)) return NULL;
+      if (!marker || marker[1] != (index == last ? 0xD9 : 0xD0 + index % 8)) return 0;
       if (y >= y0 && x >= x0 && x < x1) {
-        memcpy(to, at, marker - at);
-        memset(to += marker - at, 0, PAD);
-        to[PAD] = 0xFF, to[PAD + 1] = 0xD0 + copied++ % 8;
-        to += PAD + 2;
+        unsigned char *after = copy_plain(at, marker, to);
+        *lengths++ = after - to;
+        to = after;
       }
       at = marker + 2;
     }
-  to[-1] = 0xD9;
   memset(to, 0, TAIL);
-  return to + TAIL;
+  return 1;
+}
+
+/* ---- Decoding a box ---------------------------------------------------------------------------------------------- */
+
+/* sam_repro_jpeg_box of one JPEG as it is, or with the entropy-coded data of `segments`; its row r is row r + down of
+ * out. */
+static int64_t decode_box(const unsigned char *data, uint64_t size, int64_t height, int64_t width, int64_t top,
+                          int64_t left, int64_t h, int64_t w, int64_t down, struct segments *segments,
+                          unsigned char *out) {
+  struct jpeg_decompress_struct jpeg;
+  struct failure failure;
+  prepare(&jpeg, &failure);
+  if (setjmp(failure.jump)) {
+    jpeg_destroy_decompress(&jpeg);
+    return -1;
+  }
+  begin(&jpeg, data, size);
+  jpeg.out_color_space = JCS_EXT_RGBX;
+  if (jpeg.image_height != height || jpeg.image_width != width) leave((j_common_ptr)&jpeg);
+  jpeg_start_decompress(&jpeg);
+  if (segments) use_segments(&jpeg, segments);
+  int64_t begin_row = top > MARGIN ? top - MARGIN : 0, end_row = top + h + MARGIN;
+  int64_t begin_column = left > MARGIN ? left - MARGIN : 0, end_column = left + w + MARGIN;
+  if (end_row > height) end_row = height;
+  if (end_column > width) end_column = width;
+  JDIMENSION x = begin_column, columns = end_column - begin_column;
+  if (columns < width) jpeg_crop_scanline(&jpeg, &x, &columns);
+  if (begin_row) jpeg_skip_scanlines(&jpeg, begin_row);
+  while (jpeg.output_scanline < end_row) {
+    JSAMPROW rows[ROWS];
+    JDIMENSION count = 0;
+    for (; count < ROWS && jpeg.output_scanline + count < end_row; count++)
+      rows[count] = out + 4 * (size_t)columns * (down + jpeg.output_scanline + count);
+    jpeg_read_scanlines(&jpeg, rows, count);
+  }
+  long warnings = jpeg.err->num_warnings;
+  jpeg_destroy_decompress(&jpeg);
+  return warnings ? -1 : (int64_t)x * 65536 + columns;
 }
 
 /* Decode the box of h x w pixels at (top, left) of a JPEG of height x width pixels, as RGB and a byte without meaning.
@@ -203,22 +380,30 @@ int64_t sam_repro_jpeg_box(const unsigned char *data, uint64_t size, int64_t hei
                            int64_t left, int64_t h, int64_t w, unsigned char *out) {
   struct layout l;
   if (!read_layout(data, size, &l) || l.height != height || l.width != width)
-    return decode_box(data, size, height, width, top, left, h, w, 0, out);
+    return decode_box(data, size, height, width, top, left, h, w, 0, NULL, out);
   int64_t pixels = l.interval * l.mcu_width, a_row = l.across / l.interval;
   int64_t y0 = top > MARGIN ? (top - MARGIN) / l.mcu_height : 0, y1 = parts(top + h + MARGIN, l.mcu_height);
   int64_t x0 = left > MARGIN ? (left - MARGIN) / pixels : 0, x1 = parts(left + w + MARGIN, pixels);
   if (y1 > l.down) y1 = l.down;
   if (x1 > a_row) x1 = a_row;
-  int64_t y = y0 * l.mcu_height, x = x0 * pixels;
+  int64_t y = y0 * l.mcu_height, x = x0 * pixels, count = (y1 - y0) * (x1 - x0);
   int64_t rows = (y1 == l.down ? height : y1 * l.mcu_height) - y, columns = (x1 == a_row ? width : x1 * pixels) - x;
-  unsigned char *joined = malloc(size + (y1 - y0) * (x1 - x0) * (PAD + 2) + TAIL);
-  if (!joined) return -1;
-  unsigned char *end = copy_segments(data, size, &l, y0, y1, x0, x1, copy_header(data, &l, rows, columns, joined));
-  int64_t place = -1;
-  if (end) place = decode_box(joined, end - joined, rows, columns, top - y, left - x, h, w, y, out);
-  free(joined);
+  struct segments *segments = calloc(1, sizeof *segments);
+  int64_t *lengths = malloc(count * sizeof *lengths + size + TAIL), place = -1;
+  if (segments && lengths) {
+    unsigned char *header = (unsigned char *)(lengths + count), *data_to = copy_header(data, &l, rows, columns, header);
+    segments->interval = l.interval;
+    segments->lengths = lengths;
+    segments->data = data_to;
+    if (copy_segments(data, size, &l, y0, y1, x0, x1, lengths, data_to))
+      place = decode_box(header, data_to - header, rows, columns, top - y, left - x, h, w, y, segments, out);
+  }
+  free(segments);
+  free(lengths);
   return place < 0 ? -1 : place + x * 65536;
 }
+
+/* ---- Resampling -------------------------------------------------------------------------------------------------- */
 
 typedef float four __attribute__((vector_size(16)));
 
