@@ -58,14 +58,14 @@ def test_the_same_command_recodes_an_old_file(folders, tmp_path, capsys):
     kept = run(folders, dst, segment=0)["train"]
     before = BetonFile.open(dst / "train.beton")
     assert "recoded" not in kept and "segment" not in kept["rule"]
-    manifest = run(folders, dst)["train"]
-    assert manifest["recoded"] == {"images": 15, "coefficients": "kept"} and manifest["rule"]["segment"] == 64
+    manifest = run(folders, dst, segment=16)["train"]
+    assert manifest["recoded"] == {"images": 15, "coefficients": "kept"} and manifest["rule"]["segment"] == 16
     assert manifest["reencoded"] == 0
     after = BetonFile.open(dst / "train.beton")
     for i in range(15):
         assert np.array_equal(decode(after.sample(i), "it"), decode(before.sample(i), "it"))
         assert after.sizes[i] < before.sizes[i]
-    assert run(folders, dst)["train"] == manifest and capsys.readouterr().out.count("is up to date") == 2
+    assert run(folders, dst, segment=16)["train"] == manifest and capsys.readouterr().out.count("is up to date") == 2
 
 
 def test_without_a_compiler_jpegs_keep_their_bytes(folders, tmp_path, monkeypatch, capsys):
@@ -73,6 +73,13 @@ def test_without_a_compiler_jpegs_keep_their_bytes(folders, tmp_path, monkeypatc
     monkeypatch.setattr(write.jpeg, "load", lambda: "there is no C compiler")
     assert run(folders, tmp_path / "dst") == kept
     assert "there is no C compiler" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("width", "recoded"), [(48, False), (64, False), (65, True), (96, True)])
+def test_an_image_of_one_segment_a_row_keeps_its_bytes(width, recoded):
+    data = as_bytes(picture(90, width))
+    stored = encode(data, max_side=500, quality=90, segment=64)
+    assert stored.recoded == recoded == (stored.data != data)
 
 
 def test_what_does_not_recode_is_stored_as_it_is(monkeypatch):

@@ -100,7 +100,7 @@ def encode(data: bytes | np.ndarray, *, max_side: int, quality: int, segment: in
         encoded = Encoded(stream.tobytes(), *pixels.shape[:2], True)
     else:
         encoded = Encoded(kept, height, width, False, raw)
-    if segment and not raw:
+    if segment and not raw and encoded.width > segment:  # else a row would be one segment
         encoded = _in_segments(encoded, decode(encoded.data, "it") if encoded.reencoded else pixels, segment)
     if min(encoded.height, encoded.width) < MIN_SIDE:
         raise ValueError(f"{encoded.width}x{encoded.height} pixels are too few, a side needs {MIN_SIDE}")
