@@ -9,6 +9,7 @@ help: ## what there is to make
 install: $(READY) ## .venv with the project, its tests and FFCV
 
 $(READY): pyproject.toml install.sh
+	@if [ -e $@ ]; then echo "$? is newer than $(VENV): installing again"; fi
 	./install.sh $(VENV)
 	@touch $@
 

@@ -1,4 +1,7 @@
-"""The exceptions whose message is meant for the person who typed the command: one sentence, and an exit code."""
+"""Exceptions whose message is meant for the person who typed the command: one sentence, and an exit code.
+
+With `plural`, which sentences need.
+"""
 
 import os
 import re
@@ -25,6 +28,12 @@ class RankLost(Exception):
     def __init__(self, sentence: str, code: int = LOST):
         super().__init__(sentence)
         self.code = code  # for this rank to exit with
+
+
+def plural(number: int | float, noun: str, spec: str = "") -> str:
+    """A number and its noun, as "1 run", "2 runs", "1,950 steps"; `spec` formats the number."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:{spec}} {noun}{'' if number == 1 else ending}"
 
 
 # What torch, CUDA's libraries and the system say of memory that lacks, in exceptions of no class of its own.

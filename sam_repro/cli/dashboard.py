@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.errors import UserError
-from sam_repro.paper.ledger_join import join_table
+from sam_repro.paper.ledger_join import join_table, search_first
 from sam_repro.paper.outcomes import Outcome
 from sam_repro.paper.render.dashboard import dashboard_of
 from sam_repro.paper.render.dashboard_preview import draw_preview
@@ -54,7 +54,8 @@ def run(args: Namespace) -> None:
     outcomes = join_table(table, args.ledger)
     tree = dashboard_of(table, outcomes, entity=args.entity, project=args.project)
     if not tree["groups"]:
-        raise UserError(f"{table.name} asks for no run, or not before the sweep is over that its rows wait for")
+        why = search_first([table], ledger=args.ledger) or "it asks for none"
+        raise UserError(f"{table.name} has no runs yet: {why}")
     if args.preview is not None:
         preview(tree, outcomes, args.preview)
         return

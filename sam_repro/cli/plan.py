@@ -15,7 +15,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sam_repro.cli.arguments import positive, tables_and_overrides
-from sam_repro.paper.ledger_join import unique_runs
+from sam_repro.errors import plural
+from sam_repro.paper.ledger_join import search_first, unique_runs
 from sam_repro.paper.spec import load_table
 from sam_repro.runner.plan import finished
 
@@ -36,8 +37,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Print the plan on stdout and how many lines it has on stderr."""
     names, extra = tables_and_overrides(args.words, "plan")
-    runs = unique_runs(map(load_table, names), seeds=args.seeds, extra=extra, ledger=args.ledger).values()
+    tables = [load_table(name) for name in names]
+    runs = unique_runs(tables, seeds=args.seeds, extra=extra, ledger=args.ledger).values()
     shown = [r for r in runs if not (args.missing and finished(r, args.ledger))]
     for r in shown:
         print(f"{r.run_id}\t{shlex.join(r.overrides)}")
-    print(f"{len(shown)} of {len(runs)} runs", file=sys.stderr)
+    print(f"{len(shown)} of {plural(len(runs), 'run')}", file=sys.stderr)
+    if sentence := search_first(tables, extra, args.ledger):
+        print(sentence, file=sys.stderr)

@@ -20,7 +20,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sam_repro.cli.arguments import duration, positive, tables_and_overrides
+from sam_repro.errors import plural
+from sam_repro.paper.ledger_join import search_first
 from sam_repro.paper.runs import Run
+from sam_repro.paper.spec import load_table
 from sam_repro.runner.plan import finished, wanted
 from sam_repro.runner.scheduler import Scheduler, gpu_slots, say
 
@@ -48,6 +51,9 @@ def run(args: Namespace) -> int:
 
     runs = plan()
     to_go = sum(not finished(r, args.ledger) for r in runs)
-    say(f"{len(runs) - to_go} of {len(runs)} runs are in the ledger, {to_go} to go")
+    say(f"{len(runs) - to_go} of {plural(len(runs), 'run')} in the ledger, {to_go} to go")
+    tables = [] if to_go else [load_table(name) for name in names if not name.endswith(".tsv")]
+    if sentence := search_first(tables, extra, args.ledger):
+        say(sentence)
     slots = gpu_slots(args.gpus or 1, args.per_gpu or 1) if args.gpus or args.per_gpu else None
     return Scheduler(plan, slots, ledger_dir=args.ledger, limit=args.limit, budget=args.budget).work()

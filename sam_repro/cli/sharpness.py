@@ -27,7 +27,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 
 # What there is to measure or draw, by what it needs.
 OF_WEIGHTS = ("convergence", "eigen", "gap", "slice", "spectrum")
@@ -128,7 +128,7 @@ def decay(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no measurement has a former eigenvector to look back at")
     means = {a: {k: sum(e[k]) / len(e[k]) for k in ("cosine", "quality")} for a, e in ages.items()}
     for age, mean in means.items():
-        print(f"after {age} steps: |cos| {mean['cosine']:.3f}, v'Hv/lambda {mean['quality']:.3f}")
+        print(f"after {plural(age, 'step')}: |cos| {mean['cosine']:.3f}, v'Hv/lambda {mean['quality']:.3f}")
     return {"run": folder.name, "ages": ages, "means": means}
 
 

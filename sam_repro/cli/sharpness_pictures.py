@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sam_repro.errors import plural
 from sam_repro.paper.toys.surface import draw_toy, trajectories
 
 Numbers = dict[str, Any]
@@ -68,7 +69,7 @@ def decay(figure: Any, numbers: Numbers) -> None:
     usual = max(ages, key=lambda age: len(ages[age]["step"]))
     right.plot(ages[usual]["step"], ages[usual]["cosine"], marker="o")
     left.set(title="Mean over training", xlabel="age of the eigenvector, steps", ylim=(0, 1.05))
-    right.set(title=f"|cos| after {usual} steps", xlabel="training step", ylim=(0, 1.05))
+    right.set(title=f"|cos| after {plural(usual, 'step')}", xlabel="training step", ylim=(0, 1.05))
     left.legend(frameon=False)
 
 

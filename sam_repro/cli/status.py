@@ -10,7 +10,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from sam_repro.paper.ledger_join import join_tables
+from sam_repro.paper.ledger_join import join_tables, search_first
 from sam_repro.runner.status import STATES, counts_of, runs_of_part, state_of
 
 
@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
             f"{part.table.name:<18} "
             + " ".join(f"{n[state]:>8}" for state in STATES)
             + f" {n['hours']:>8.3g}"
-            + (f"  {part.problem}" if part.problem else "")
+            + f"  {part.problem or search_first([part.table], ledger=args.ledger)}".rstrip()
         )
     for name, (state, detail) in states.items():
         if args.tables or state in ("failed", "running", "stopped"):

@@ -17,6 +17,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from sam_repro.data.write.dataset import LAYOUTS, write_dataset
+from sam_repro.errors import plural
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def run(args: Namespace) -> int:
     )
     for split, content in manifests.items():
         print(
-            f"{split}: {content['samples']:,} images in {len(content['classes'])} classes, "
+            f"{split}: {plural(content['samples'], 'image', ',')} in {plural(len(content['classes']), 'class')}, "
             f"{content['bytes'] / 1e6:,.1f} MB, {content['reencoded']:,} re-encoded, {len(content['skipped'])} left out"
         )
     return 0

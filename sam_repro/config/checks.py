@@ -12,7 +12,7 @@ from sam_repro.config.files import choices
 from sam_repro.config.limits import REFERENCE, Condition, Range
 from sam_repro.config.memory import memory_bytes
 from sam_repro.config.schema import Config, DataConfig, OptimConfig
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 
 
 def validate(cfg: Config) -> None:
@@ -92,8 +92,8 @@ def check_warmup(cfg: Config, steps: int) -> None:
     """Refuse a warm-up longer than the run, where only the data say how long that is."""
     if cfg.recipe.warmup_steps > steps:
         raise UserError(
-            f"recipe.warmup_steps={cfg.recipe.warmup_steps} must not exceed the {steps} steps of the run; for a short "
-            f"trial add recipe.warmup_steps={steps // 10}"
+            f"recipe.warmup_steps={cfg.recipe.warmup_steps} must not exceed the {plural(steps, 'step')} of the run; "
+            f"for a short trial add recipe.warmup_steps={steps // 10}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sam_repro.config.compose import to_dict
 from sam_repro.config.schema import Config
+from sam_repro.errors import plural
 
 # Keys that say where and how fast, not what: two runs that differ only here are the same run.
 UNHASHED_KEYS = (
@@ -91,6 +92,6 @@ def readable_name(config: dict[str, Any]) -> str:
     settings = {"noise": data["label_noise"], "rho": optim["rho_max"], "alpha": optim["alpha"]}
     settings |= {"m": optim["m"] if optim["rho_max"] else 0, "lr": recipe["lr"]}
     words = [f"{name} {value:g}" for name, value in settings.items() if value]
-    length = f"{recipe['steps']} steps" if recipe["steps"] else f"{recipe['epochs']:g} epochs"
+    length = plural(recipe["steps"], "step") if recipe["steps"] else plural(recipe["epochs"], "epoch", "g")
     who = f"{config['model']['name']} {optim['name']}, seed {config['seed']}"
     return f"{who}: {', '.join([data['name'], *words, length])}"[:128]

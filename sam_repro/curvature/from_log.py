@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.records.log import stream_log
 
 
@@ -21,7 +21,7 @@ def measurements(run: Path, *keys: str) -> list[dict[str, Any]]:
     whole = [record for record in records if all(is_whole(key, record.get(key)) for key in keys)]
     if len(whole) < 2:
         raise UserError(
-            f"{run} has {len(whole)} measurements over training, and this needs two: train with sharpness.every=100"
+            f"{run} has {plural(len(whole), 'measurement')} over training; two are needed: sharpness.every=100"
         )
     return whole
 

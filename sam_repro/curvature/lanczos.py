@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sam_repro.errors import plural
 from sam_repro.optim.hessian import power_step
 
 BLOCK = 8  # basis vectors that are allocated together
@@ -182,7 +183,7 @@ def lanczos(
     if which not in SELECTIONS:
         raise ValueError(f"unknown end of the spectrum '{which}': {', '.join(SELECTIONS)}")
     if not 1 <= n <= min(operator.size, max_steps):
-        raise ValueError(f"cannot find {n} eigenvalues of {operator.size} in {max_steps} steps")
+        raise ValueError(f"cannot find {plural(n, 'eigenvalue')} of {operator.size} in {plural(max_steps, 'step')}")
     start = random_unit(operator, seed) if start is None else start
     krylov, history = Krylov(operator, start, capacity=max_steps, seed=seed + 1), []
     while True:

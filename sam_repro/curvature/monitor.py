@@ -17,7 +17,7 @@ from sam_repro.curvature.lanczos import dominant, power_iteration
 from sam_repro.curvature.measures import alignment, seen_in_bf16, sharpness
 from sam_repro.curvature.probe_images import loss_hessian, probe_batches
 from sam_repro.distributed.ranks import Ranks, average_buffers
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.models.objective import in_mode
 from sam_repro.optim import GradientStep
 from sam_repro.optim.base_optimizer import is_kernel
@@ -79,7 +79,7 @@ class Monitor:
         except (RuntimeError, UserError) as error:
             if not isinstance(error, UserError) and not no_memory(error):
                 raise
-            memory = f"no memory for {self.cfg.sharpness.batch} images a pass (sharpness.batch) "
+            memory = f"no memory for {plural(self.cfg.sharpness.batch, 'image')} a pass (sharpness.batch) "
             memory += f"besides up to {MAX_PRODUCTS} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
             if self.ranks.world > 1:  # the others wait for this rank in the middle of a product

@@ -17,7 +17,7 @@ from sam_repro.curvature.measures import alignment, sharpness
 from sam_repro.curvature.probe_images import loss_hessian, probe_batches
 from sam_repro.curvature.slices import filter_normalised, line, plane
 from sam_repro.distributed.ranks import Ranks, init_ranks
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.models.build import build_model
 from sam_repro.models.pretrained import read_weights
 from sam_repro.optim.hessian import Hessian
@@ -117,7 +117,9 @@ def convergence(hessian: Hessian, args: Namespace) -> Numbers:
         history = power_iteration(hessian, steps=args.p, seed=args.seed + 1 + start, visit=iterates.append).history
         runs.append({"cosine": [alignment(x, v) for x in iterates], "quotient": [value for value, _ in history]})
     ends = ", ".join(f"{run['cosine'][min(5, args.p)]:.3f}" for run in runs)
-    tqdm.write(f"lambda = {', '.join(f'{x:.5g}' for x in truth)}; |cos| after {min(5, args.p)} iterations: {ends}")
+    tqdm.write(
+        f"lambda = {', '.join(f'{x:.5g}' for x in truth)}; |cos| after {plural(min(5, args.p), 'iteration')}: {ends}"
+    )
     return {"eigenvalues": truth, "residuals": pairs.residuals.tolist(), "starts": runs}
 
 

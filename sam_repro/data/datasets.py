@@ -29,7 +29,7 @@ from sam_repro.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.records.files import sha256
 
 JPEG_START = b"\xff\xd8"
@@ -73,7 +73,7 @@ class BetonSource:
             self.classes: list[str] = check_manifest(self.file)["classes"]
             self.manifest = manifest_hash(path)
             if self.labels.max() >= len(self.classes):
-                known = f"but its manifest lists {len(self.classes)} classes"
+                known = f"but its manifest lists {plural(len(self.classes), 'class')}"
                 raise UserError(f"{path} has label {self.labels.max()}, {known}")
         except BaseException:
             self.file.close()
@@ -250,7 +250,7 @@ def open_source(data: DataConfig, split: str, batch: int = 0) -> Source:
     source = find_source(root, split)
     theirs, wrong = class_names(root, "train") if split == "val" else None, ""
     if len(source.classes) != data.num_classes:
-        wrong = f"{len(source.classes)} classes in {split}, but data.num_classes={data.num_classes}"
+        wrong = f"{plural(len(source.classes), 'class')} in {split}, but data.num_classes={data.num_classes}"
     elif theirs is not None and theirs != source.classes:  # a label is a place in their order
         odd = sorted(set(theirs) ^ set(source.classes))[:4]
         wrong = f"other classes in {split} than in train: {', '.join(odd) + ' in one only' if odd else 'another order'}"

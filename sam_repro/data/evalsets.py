@@ -25,7 +25,7 @@ from sam_repro.config.compose import nearest
 from sam_repro.config.schema import DataConfig
 from sam_repro.data.datasets import FolderSource, Source, ensure, find_source, root_of
 from sam_repro.data.folders import classes_in, has_image
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 
 V2_FOLDERS = {
     "v2": "imagenetv2-matched-frequency-format-val",
@@ -115,7 +115,7 @@ def require(data: DataConfig, names: list[str]) -> list[str]:
 def open_set(data: DataConfig, part: str) -> EvalSet:
     """Open one part of a set (see `parts`). Raises UserError when its images are missing or not what the name says."""
     if part != "val" and data.num_classes != IMAGENET_CLASSES:
-        raise UserError(f"evaluation set {part} is ImageNet's; {data.name} has {data.num_classes} classes")
+        raise UserError(f"evaluation set {part} is ImageNet's; {data.name} has {plural(data.num_classes, 'class')}")
     if part in ("val", "real"):
         ensure(data)
         source = find_source(root_of(data), "val")
@@ -128,7 +128,8 @@ def open_set(data: DataConfig, part: str) -> EvalSet:
                 answers = source.labels[:, None].copy()
             else:
                 raise UserError(
-                    f"{root_of(data)} has {len(source.classes)} classes in val, but data.num_classes={data.num_classes}"
+                    f"{root_of(data)} has {plural(len(source.classes), 'class')} in val, "
+                    f"but data.num_classes={data.num_classes}"
                 )
         except BaseException:
             source.close()
@@ -147,7 +148,7 @@ def open_set(data: DataConfig, part: str) -> EvalSet:
         if not np.isin(answers, columns).all():
             raise UserError(f"{source.root} has class folders that are not ImageNet-R's")
         if lacking := sorted(set(columns) - set(answers.ravel())):
-            lacks = f"{len(lacking)} of ImageNet-R's {len(columns)} classes, such as {synsets()[lacking[0]]}"
+            lacks = f"{len(lacking)} of ImageNet-R's {plural(len(columns), 'class')}, such as {synsets()[lacking[0]]}"
             raise UserError(f"{source.root} lacks {lacks}: was it unpacked completely?")
         return _opened(part, source, answers, data, columns)
     source = FolderSource(_root_of_c(data, part))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sam_repro.distributed.heartbeat import Heart, Waits, attempt, first_line, open_store
-from sam_repro.errors import RankLost, UserError, out_of_memory
+from sam_repro.errors import RankLost, UserError, out_of_memory, plural
 
 # The heartbeat notices a lost rank first and says which; this is for where it cannot.
 MARGIN = timedelta(minutes=2)
@@ -209,7 +209,7 @@ def launched() -> tuple[int, int, int, int]:
     else:
         return 0, 1, 0, 1
     if not rank < world:
-        raise UserError(f"rank {rank} of {world} processes does not exist: they count from 0; {LAUNCH}")
+        raise UserError(f"rank {rank} of {plural(world, 'process')} does not exist: they count from 0; {LAUNCH}")
     return rank, world, local_rank, local_world
 
 

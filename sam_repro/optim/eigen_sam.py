@@ -67,9 +67,7 @@ class PowerIteration:
         world: int = 1,
     ):
         if every < 1 or iterations < 1:
-            raise ValueError(
-                f"power iteration every k={every} steps with p={iterations} products: both must be at least 1"
-            )
+            raise ValueError(f"power iteration with k={every} and p={iterations}: both must be at least 1")
         if images not in ("group", "batch", "fixed"):
             raise ValueError(f"unknown images '{images}' for the eigenvector: group, batch, fixed")
         self.eigen, self.objective, self.params, self.buffers = eigen, objective, dict(params), dict(buffers or {})

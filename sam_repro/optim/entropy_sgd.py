@@ -61,7 +61,7 @@ class EntropySGD(GradientStep):
         **keywords: Any,
     ):
         if steps < 1 or parts < 1:
-            raise ValueError(f"a walk of {steps} steps on {parts} parts of the batch: both must be at least 1")
+            raise ValueError(f"a walk of inner_steps={steps} on inner_parts={parts}: both must be at least 1")
         super().__init__(*arguments, **keywords)
         self.steps, self.parts, self.lr, self.momentum, self.noise = steps, parts, lr, momentum, noise
         self.average, self.gamma, self.scoping, self.calls = average, gamma, scoping, 0

@@ -52,7 +52,7 @@ def halving(
         # Outside of the handler: while the error lives, its traceback holds the tensors of the failed attempt.
         torch.cuda.empty_cache()
         fewer = max(least, images // 2)
-        sentence = f"{doing} takes {fewer} images at once: there is no memory for {images}"
+        sentence = f"{doing} takes {fewer} image{'s' * (fewer > 1)} at once: there is no memory for {images}"
         print(sentence, file=sys.stderr) if say is None else say(sentence)
         images = fewer
 

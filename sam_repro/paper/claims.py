@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
+from sam_repro.errors import plural
 from sam_repro.paper.outcomes import Outcome, summary
 from sam_repro.paper.spec import Column, Table
 from sam_repro.paper.statistics import LEVEL, compare, interval, log_size
@@ -91,8 +92,8 @@ def contrast(better: Outcome, than: Outcome, column: Column, *, lower: bool) -> 
     images, chance = sampling(better, than, column)
     if word in CERTAIN and images and abs(at.mean) < math.hypot(at.half or 0, chance):
         word += " on these test images"
-        why += f" Another {images:,} test images could move this by up to ± {chance:.{digits}f} points (95 %, if the"
-        why += " methods err independently)."
+        why += f" Another {plural(images, 'test image', ',')} could move this by up to ± {chance:.{digits}f} points"
+        why += " (95 %, if the methods err independently)."
     return word, f"{why} {without}".rstrip(), tested.p
 
 
@@ -118,9 +119,13 @@ def association(outcomes: list[Outcome], one: Column, other: Column) -> tuple[st
         return "not run", "", None
     for column, values in zip((one, other), zip(*known, strict=True), strict=True):
         if len(set(values)) == 1:
-            return "open", f"{column.title} is the same at all {len(known)} points: there is nothing to rank.", None
+            return (
+                "open",
+                f"{column.title} is the same at all {plural(len(known), 'point')}: there is nothing to rank.",
+                None,
+            )
     r, p = rank_correlation(*zip(*known, strict=True))
-    why = f"{one.title} and {other.title}: rank correlation {r:.2f} over {len(known)} points (p = {p:.2g})."
+    why = f"{one.title} and {other.title}: rank correlation {r:.2f} over {plural(len(known), 'point')} (p = {p:.2g})."
     return word_of(p, seen=r > 0), why, p
 
 
@@ -164,7 +169,8 @@ def trend(outcomes: list[Outcome], key: str, column: Column) -> tuple[str, str, 
     at_least = sum(n for k, n in random.items() if k >= falls)
     at_most = sum(n for k, n in random.items() if k <= falls + ties)
     p = min(1.0, 2 * min(at_least, at_most) / sum(random.values()))
-    why = f"{column.title} falls in {falls} of {len(pairs)} pairs of points that differ in nothing else (p = {p:.2g})."
+    of = plural(len(pairs), "pair")
+    why = f"{column.title} falls in {falls} of {of} of points that differ in nothing else (p = {p:.2g})."
     return word_of(p, seen=2 * falls + ties > len(pairs)), why, p
 
 

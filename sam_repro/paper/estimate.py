@@ -94,6 +94,7 @@ def line_of(o: Outcome, costs: list[Cost], gpus: int, price: float | None, memor
     """What a row costs, all its seeds together, with the hours of the runs that are finished; and its `memory`."""
     actual = f"{sum(row.get('hours', 0.0) for row in o.ledger):.2f} ({len(o.ledger)})" if o.ledger else "–"
     how = costs[0].how if costs else "shared with a row above, finished, or nothing to run"
+    how = f"after {o.row.tuned.partition(':')[0]}" if o.row.tuned and not o.runs else how
     one = costs[0] if costs else Cost(0, None, None, "")
     arithmetic = f"{number(one.forward, '.3g'):>6} {number(one.passes, '.3g'):>6}"
     return f"{len(costs):>4} {figures(add(costs), arithmetic, gpus, price)} {actual:>12} {memory}  {how}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sam_repro.config.compose import nearest
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.paper.outcomes import Cell, Outcome, computed, is_as_printed, state_of, summary, value_of, winners
 from sam_repro.paper.runs import Run, make_run, words_of
 from sam_repro.paper.spec import Table, TableRow, load_table, table_names
@@ -62,6 +63,15 @@ def winning_point(tuned: str, extra: tuple[str, ...], ledger: Path | None) -> di
         return None
     best = winners(table, outcomes)
     return best[0].outcome.row.point if best else None
+
+
+def search_first(tables: Iterable[Table], extra: Iterable[str] = (), ledger: Path | None = None) -> str:
+    """What to run before the rows of `tables` that take a sweep's winner; empty where no row waits for one."""
+    extra = tuple(extra)
+    waiting = [row.tuned for t in tables for row in t.rows if row.tuned and not winning_point(row.tuned, extra, ledger)]
+    searches = dict.fromkeys(tuned.partition(":")[0] for tuned in waiting)
+    command = shlex.join(["sam-repro", "run", *searches, *extra])
+    return f"{plural(len(waiting), 'row')} more after a search; first type `{command}`" if waiting else ""
 
 
 def start_runs(after: str, seeds: int, extra: tuple[str, ...]) -> list[Run]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from sam_repro.errors import plural
 from sam_repro.records.files import sha256
 
 Row = dict[str, Any]
@@ -98,7 +99,7 @@ def parse_row(text: str) -> Row:
             raise ValueError(problem)
     for name, counts in row["evals"].items():
         if counts["correct"] > counts["total"]:
-            raise ValueError(f"{counts['correct']} of {counts['total']} images correct on {name}")
+            raise ValueError(f"{counts['correct']} of {plural(counts['total'], 'image')} correct on {name}")
     lengths = {len(values) for values in row.get("curves", {}).get("train", {}).values()}
     if len(lengths) > 1:
         raise ValueError("the curves in curves.train are of different lengths")

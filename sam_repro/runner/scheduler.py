@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_repro.data.loaders.threads import usable_cores
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.paper.runs import Run
 from sam_repro.records.ledger import read_row, row_path
 from sam_repro.records.log import clock
@@ -136,7 +136,8 @@ class Scheduler:
 
     def leave(self, threads: list[threading.Thread]) -> None:
         """Tell every run to save and go; end those that do not."""
-        self.say(f"{self.why_stopped()}: {len(self.at_work)} runs save and leave; the same command goes on from there")
+        at_work = plural(len(self.at_work), "run")
+        self.say(f"{self.why_stopped()}: {at_work} to be saved first; the same command goes on from there")
         with self.changed:
             self.leaving = True
             self.changed.notify_all()
@@ -244,7 +245,7 @@ class Scheduler:
         """How many runs are in the ledger, and how long the others may take."""
         runs = self.runs()
         to_go = [r.run_id for r in runs if not finished(r, self.ledger_dir)]
-        sentence = f"{len(runs) - len(to_go)} of {len(runs)} runs are in the ledger"
+        sentence = f"{len(runs) - len(to_go)} of {plural(len(runs), 'run')} in the ledger"
         if not (self.seconds and to_go):
             return sentence
         usual = statistics.fmean(s for known in self.seconds.values() for s in known)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,12 @@ class ThisProcess:
         """Train a run. Raises UserError where train.py ends in one."""
         from sam_repro.training.main import main  # torch comes with it: not before there is something to run
 
-        if ledger_dir is not None:
-            r.config.log.ledger_dir = str(ledger_dir)
+        cfg = r.config
+        if ledger_dir is not None:  # in a copy: all seeds of a row share their configuration
+            cfg = replace(cfg, log=replace(cfg.log, ledger_dir=str(ledger_dir)))
         try:
             self.busy = True
-            status = main(r.config, list(r.overrides))["status"]
+            status = main(cfg, list(r.overrides))["status"]
             self.stopped_by = StopSignal.late  # it came too late for this run, which was just ending
             fresh()
             return {"status": status}

@@ -13,7 +13,7 @@ from sam_repro.data.evalsets import canonical, require
 from sam_repro.data.images.augment import cutout, mixup
 from sam_repro.data.loaders.build import Loader, build_loader
 from sam_repro.distributed.ranks import Ranks
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.training.run import Run
 
 
@@ -48,7 +48,7 @@ def open_data(cfg: Config, run: Run) -> Data:
     test_sets = require(cfg.data, [name for name in canonical(cfg.data.eval_sets) if name != "val"])
     if len(train) == 0:
         raise UserError(
-            f"the training split has {train.samples} images, fewer than one batch of {recipe.batch_size}: "
+            f"the training split has {plural(train.samples, 'image')}, fewer than one batch of {recipe.batch_size}: "
             "lower recipe.batch_size"
         )
     total = recipe.steps or max(1, int(recipe.epochs * train.samples / recipe.batch_size))
@@ -76,16 +76,17 @@ def split_batch(cfg: Config, world: int) -> int:
     batch, m = cfg.recipe.batch_size, cfg.optim.m if cfg.optim.perturb != "none" else 1
     local, rest = divmod(batch, world)
     if rest or local % m:
-        why = f"recipe.batch_size={batch} does not divide over {world} processes"
+        why = f"recipe.batch_size={batch} does not divide over {plural(world, 'process')}"
         if not rest:
-            why = f"optim.m={m} does not divide the batch of {local} images per process"
+            why = f"optim.m={m} does not divide the batch of {plural(local, 'image')} per process"
         fitting = [str(n) for n in range(1, batch + 1) if batch % (n * m) == 0 and n <= 1024]
         remedy = f"numbers of processes that fit: {', '.join(fitting)}"
         if not fitting:
             remedy = f"set recipe.batch_size to a multiple of {m}, or lower optim.m"
         raise UserError(f"{why}; {remedy}")
     if cfg.augment.mixup and (cfg.optim.m == 1 or local % (cfg.optim.m or local)):
-        why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {local} images per process"
+        per_process = plural(local, "image")
+        why = "mixes nothing" if cfg.optim.m == 1 else f"does not divide the batch of {per_process} per process"
         raise UserError(f"augment.mixup mixes within groups of optim.m={cfg.optim.m} images, which {why}")
     return local
 

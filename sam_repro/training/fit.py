@@ -8,6 +8,7 @@ from typing import Any
 
 from sam_repro.config.schema import Config
 from sam_repro.distributed.ranks import average_buffers
+from sam_repro.errors import plural
 from sam_repro.models.objective import forward_of
 from sam_repro.training.data import Data, augment, batches
 from sam_repro.training.evaluate import count_correct, evaluate_sets
@@ -133,11 +134,11 @@ def measure(cfg: Config, run: Run, data: Data, job: Job, progress: Progress, *, 
     if job.monitor is None:
         return {}
     if final:
-        run.log.say(f"measuring the sharpness on {cfg.sharpness.images} images; the weights are saved")
+        run.log.say(f"measuring the sharpness on {plural(cfg.sharpness.images, 'image')}; the weights are saved")
     rho = rho_of(cfg, lr_schedule_of(cfg, data.total)(max(progress.step - 1, 0)))
 
     def after(products: int) -> None:
-        pause(run, data, progress, f"{products} products with the Hessian")
+        pause(run, data, progress, f"{plural(products, 'product')} with the Hessian")
 
     measured = job.monitor(progress.step, rho, final=final, after=after if final else None)
     if "problem" in measured:

@@ -22,7 +22,7 @@ from sam_repro.config.compose import to_dict
 from sam_repro.config.memory import GB, MARGIN, Needs, batch_bytes, choices, memory_bytes
 from sam_repro.config.schema import Config, OptimConfig
 from sam_repro.distributed.ranks import Ranks
-from sam_repro.errors import OutOfMemory, UserError
+from sam_repro.errors import OutOfMemory, UserError, plural
 from sam_repro.optim import GradientStep
 from sam_repro.optim.memory import halving, no_memory
 from sam_repro.records.files import write_atomic
@@ -41,11 +41,12 @@ class Plan:
     needs: Needs | None  # None where train.chunk decides
     key: str  # of the file in which measurements are remembered
     peaks: dict[str, float]  # measured in earlier runs, by images per pass
+    before: float = 0.0  # bytes that the process had when it planned: part of its peak on a CPU, and not of the budget
 
     @property
     def expected(self) -> float:
         """Bytes at the peak: measured in an earlier run, else planned; 0 where nothing is known."""
-        return self.peaks.get(str(self.images), self.needs.at(self.images) if self.needs else 0.0)
+        return self.peaks.get(str(self.images), self.needs.at(self.images) + self.before if self.needs else 0.0)
 
 
 def plan_passes(
@@ -75,13 +76,14 @@ def plan_passes(
         UserError: where train.chunk would cut a group that BatchNorm has to see whole.
     """
     device, budget = ranks.device, budget_of(cfg, ranks)
+    before = 0.0 if device.type == "cuda" else float(psutil.Process().memory_info().rss)
     key = key_of(cfg, device, m)
     measured = recall(key)
     wanted = cfg.train.chunk or {"loop": m, "batched": batch}.get(cfg.optim.groups, 0)
     if wanted:
         if buffers and wanted < m:
             raise UserError(f"train.chunk={wanted} is less than optim.m={m}, whose images BatchNorm sees in one pass")
-        return Plan(min(wanted, batch), m, budget, None, key, measured.get("peaks", {}))
+        return Plan(min(wanted, batch), m, budget, None, key, measured.get("peaks", {}), before)
     if "per_image" not in measured:
         fixed, per_image = measure(cfg, objective, params, buffers, device)
         measured |= {"transient": fixed, "per_image": per_image}
@@ -100,7 +102,7 @@ def plan_passes(
     sizes = list(choices(batch, m, at_once=at_once, divisible=not buffers))
     fits = [n for n in needs.fitting(sizes, budget) if peaks.get(str(n), 0.0) < budget]
     chosen = -int(ranks.max(-(fits or sizes[-1:])[0]))
-    return Plan(chosen, m, budget, needs, key, peaks)
+    return Plan(chosen, m, budget, needs, key, peaks, before)
 
 
 def copies(o: OptimConfig) -> int:
@@ -296,7 +298,7 @@ def memory_sentence(step: GradientStep, device: torch.device) -> str:
     """Images per pass, the memory that was expected and measured, for the log; to be said after the first step."""
     plan: Plan = step.plan
     images, m = step.chunk or plan.images, plan.m
-    how = f"{images // m} groups of {m} at once" if images >= 2 * m else f"a group of {m}"
+    how = f"{plural(images // m, 'group')} of {m} at once" if images >= 2 * m else f"a group of {m}"
     how = how if images >= m else f"a part of a group of {m}"
     peak = peak_bytes(device)
     if device.type == "cuda":
@@ -307,8 +309,8 @@ def memory_sentence(step: GradientStep, device: torch.device) -> str:
         remember(plan.key, measured | {"peaks": peaks})
     expected = f", expected about {plan.expected / GB:.1f}" if plan.expected else ""
     return (
-        f"passes of {images} images ({how}); memory at its peak {peak / GB:.1f} GB{expected}, "
-        f"of {plan.budget / GB:.1f} GB that this run may use"
+        f"passes of {plural(images, 'image')} ({how}); memory at its peak {peak / GB:.1f} GB{expected}, "
+        f"of {(plan.budget + plan.before) / GB:.1f} GB that this run may use"
     )
 
 

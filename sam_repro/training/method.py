@@ -10,7 +10,7 @@ from torch import nn
 
 from sam_repro.config.schema import Config, OptimConfig
 from sam_repro.distributed.ranks import RUNNING, Ranks
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.models.layers.grouped import accept_groups
 from sam_repro.models.layers.patch_linear import PatchLinear
 from sam_repro.models.objective import in_mode, objective_of
@@ -101,7 +101,7 @@ def group_of(o: OptimConfig, part: int, *, alike: bool, stochastic: bool) -> int
         return largest if 8 * largest >= min(part, VANILLA_GROUP) else part
     if part % m:
         if o.kind == "entropy_sgd":
-            raise UserError(f"optim.m={m} does not divide the {part} images of an inner step")
+            raise UserError(f"optim.m={m} does not divide the {plural(part, 'image')} of an inner step")
         raise UserError(f"optim.m={m}, the group that BatchNorm sees, does not divide the batch of {part} per process")
     return m
 

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 
 from sam_repro.config.schema import ModelConfig
+from sam_repro.errors import plural
 from sam_repro.models.build import MIXERS, creation_kwargs
 from sam_repro.records.ledger import Row
 
@@ -23,7 +24,8 @@ def model_card(row: Row) -> str:
         f"# {row['run_id']}",
         "",
         f"{config['model']['name']} trained on {data['name']} with {config['optim']['name']}, seed {row['seed']}, "
-        f"{row['step']:,} steps of {config['recipe']['batch_size']} images, groups of m = {row['m']}.",
+        f"{plural(row['step'], 'step', ',')} of {plural(config['recipe']['batch_size'], 'image')}, "
+        f"groups of m = {row['m']}.",
         "",
         "| split | correct | top-1 |",
         "|---|---|---|",
@@ -79,6 +81,6 @@ def sharpness_paragraph(row: Row) -> list[str]:
     return [
         f"The top eigenvalue of the Hessian is {s['lambda_max']:.4g} (relative residual {s['residual']:.0e}). The "
         f"surrogate gap h is {s['surrogate_gap']:.4g} at rho {s['rho']:.3g}. Both are of the training loss, on "
-        f"{s['images']} images.",
+        f"{plural(s['images'], 'image')}.",
         "",
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam_repro.config.run_id import config_hash
 from sam_repro.config.schema import Config
 from sam_repro.distributed.ranks import average_buffers
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 from sam_repro.optim import METRICS
 from sam_repro.training import checkpoint
 from sam_repro.training.data import Data
@@ -98,7 +98,7 @@ def resume(cfg: Config, run: Run, data: Data, job: Job) -> Progress:
     for sentence in sentences:
         run.log.say(sentence)
     run.log.say(
-        f"{run.name}: {data.total} steps of {cfg.recipe.batch_size} images "
+        f"{run.name}: {plural(data.total, 'step')} of {plural(cfg.recipe.batch_size, 'image')} "
         f"({data.total / data.steps_per_epoch:.1f} epochs) on {run.ranks.world} x {hardware(run.ranks)}, "
         f"{'bf16' if run.bf16 else 'fp32'}, {data.train.backend} loader"
         + (f", resumed at step {progress.step}" if progress.step else "")

@@ -135,7 +135,7 @@ def test_a_step_without_memory_goes_on_with_smaller_chunks(method, capsys):
             metrics = step(x, torch.arange(BATCH) % 3, rho=0.1, seed=seed)
         found.append([metrics.clone(), *(p.grad.clone() for p in model.parameters())])
     equal(*found)
-    assert "takes 1 images at once: there is no memory for 2" in capsys.readouterr().err
+    assert "takes 1 image at once: there is no memory for 2" in capsys.readouterr().err
 
 
 def test_memory_for_no_image_is_an_error():

@@ -198,3 +198,11 @@ def test_what_halves_a_pass_is_also_told_in_one_sentence():
     assert set(WORDS) <= set(MEMORY_WORDS)
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), *map(RuntimeError, WORDS)):
         assert no_memory(error) and out_of_memory(error) is not None
+
+
+def test_on_a_cpu_the_expected_memory_is_of_the_whole_process():
+    """The peak is: it has torch and the weights in it. So the plan counts them too, and what a run may use."""
+    _, step = step_of("vit_s32")
+    own = psutil.Process().memory_info().rss
+    assert 0.5 * own < step.plan.before <= step.plan.expected < 2 * own
+    assert f"expected about {step.plan.expected / 1e9:.1f}, of " in memory_sentence(step, CPU)

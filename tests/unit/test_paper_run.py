@@ -17,6 +17,7 @@ from sam_repro.cli.main import main
 from sam_repro.config.run_id import run_id
 from sam_repro.config.schema import Config
 from sam_repro.paper import ledger_join
+from sam_repro.paper.ledger_join import runs_of
 from sam_repro.paper.runs import Run
 from sam_repro.paper.spec import load_table
 from sam_repro.records import ledger
@@ -62,9 +63,34 @@ def test_runs_what_is_missing_once(trained: Trained, tmp_path: Path, capsys: pyt
     assert main(["run", "demo", "--ledger", str(tmp_path)]) == 0
     assert len(trained) == len(set(trained)) == 9
     said = capsys.readouterr().err
-    assert "4 of 9 runs are in the ledger, 5 to go" in said and "(5/5) " in said and "about 0:0" in said
+    assert "4 of 9 runs in the ledger, 5 to go" in said and "(5/5) " in said and "about 0:0" in said
     row = ledger.read_row(next(tmp_path.glob("*-gsam-s2-*")))
     assert row["overrides"] == ["experiment=demo", "optim=gsam", "seed=2"]
+
+
+def test_another_ledger_does_not_change_the_plan(trained: Trained, tmp_path: Path) -> None:
+    """The configurations of a plan are kept and shared: what a queue sets for itself must not show in them."""
+    before = [r.config for r in runs_of(load_table("demo"), load_table("demo").rows[0])]
+    folder = before[0].log.ledger_dir
+    assert main(["run", "demo", "--ledger", str(tmp_path)]) == 0
+    after = [r.config for r in runs_of(load_table("demo"), load_table("demo").rows[0])]
+    assert {cfg.log.ledger_dir for cfg in (*before, *after)} == {folder}
+
+
+def test_rows_that_wait_for_a_search_say_what_to_type(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An empty ledger: no search is over, so `fig5` lacks three of its rows, and `study_tiny` all."""
+    typed = {"fig5": "sam-repro run search_methods", "study_tiny": "sam-repro run study_tiny_search2"}
+    for table, command in typed.items():
+        for words in (["plan", table], ["status", table]):
+            assert main([*words, "--ledger", str(tmp_path)]) == 0
+            said = "".join(capsys.readouterr())
+            assert f"more after a search; first type `{command}`" in said
+    assert main(["run", "study_tiny", "--ledger", str(tmp_path)]) == 0
+    assert f"first type `{typed['study_tiny']}`" in capsys.readouterr().err
+    assert main(["estimate", "study_tiny", "--ledger", str(tmp_path)]) == 0
+    assert "after study_tiny_search2\n" in capsys.readouterr().out
+    assert main(["plan", "table1", "--ledger", str(tmp_path)]) == 0
+    assert "search" not in capsys.readouterr().err
 
 
 def test_a_diverged_run_does_not_end_the_queue(

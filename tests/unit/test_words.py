@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sam_repro.errors import plural
+
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = (
     "[iI]mages|hours|ms|milliseconds|seconds|passes|bytes|runs|seeds|lines|points|copies|calls|steps|GB|MB|TFLOP/s|"
@@ -64,6 +66,47 @@ def test_prose_does_without(path: Path) -> None:
         for match in re.finditer(pattern, text)
     ]
     assert not found, "\n".join(found)
+
+
+# ---- one run, two runs -----------------------------------------------------------------------------------------------
+
+COUNTABLE = (
+    "run|image|seed|point|product|step|epoch|row|file|class|measurement|iteration|table|claim|pair|eigenvalue|group|"
+    "process|checkpoint|folder|deviation|round|search|study|test image|training image"
+)
+COUNTED_BY_HAND = {  # a number that is never one, or a file that has its own way
+    "sam_repro/paper/render/overview.py",  # totals of hundreds
+    "sam_repro/paper/render/figures.py",
+    "sam_repro/paper/render/sheet.py",
+}
+AFTER = re.compile(rf" (?:{COUNTABLE})(?:s|es)\b(?!/)")
+
+
+def numbers_with_a_plural(path: Path) -> Iterator[str]:
+    """What an f-string says as "{n} runs": it would say "1 runs". `rounds={n} runs` names a setting and may."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts = node.values if isinstance(node, ast.JoinedStr) else []
+        for before, value, after in zip(["", *parts], parts, parts[1:], strict=False):
+            setting = isinstance(before, ast.Constant) and str(before.value).endswith("=")
+            words = after.value if isinstance(after, ast.Constant) else ""
+            if not isinstance(value, ast.FormattedValue) or setting or not (match := AFTER.match(words)):
+                continue
+            constant = isinstance(value.value, ast.Name) and value.value.id.isupper()
+            fraction = value.format_spec is not None and ast.unparse(value.format_spec)[-2] in "fe%"
+            if not constant and not fraction:
+                yield f"{path.relative_to(ROOT)}:{value.lineno}: {ast.unparse(value.value)}{match[0]}: write plural()"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_run_is_not_1_runs(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    if path.suffix == ".py" and not name.startswith("benchmarks") and name not in COUNTED_BY_HAND:
+        assert not list(numbers_with_a_plural(path))
+
+
+def test_plural() -> None:
+    assert [plural(n, "run") for n in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+    assert plural(1950, "class", ",") == "1,950 classes" and plural(0.5, "epoch", "g") == "0.5 epochs"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sam_repro.data.loaders.batch_order import BatchPlan, balanced, holdout, noi
 from sam_repro.data.loaders.memory_loader import MemoryLoader, memory_obstacle
 from sam_repro.data.loaders.threads import worker_count
 from sam_repro.data.loaders.torch_loader import TorchLoader
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 
 __all__ = ["Loader", "build_loader", "build_set_loader", "ensure", "resolve_backend"]
 
@@ -116,7 +116,7 @@ def build_loader(
         plan = BatchPlan(members, batch_size, seed, training, rank, world)
         if training and len(plan) == 0:
             raise UserError(
-                f"{split} has {len(members)} images, fewer than one batch of {batch_size * world}: "
+                f"{split} has {plural(len(members), 'image')}, fewer than one batch of {batch_size * world}: "
                 f"set recipe.batch_size to {len(members)} at most"
             )
         if (training or sample) and data.label_noise:  # after the split, which goes by the true labels
@@ -176,7 +176,7 @@ def _members(labels: np.ndarray, data: DataConfig, split: str) -> np.ndarray:
     assert split == "minival", split
     if len(minival) == 0:
         raise UserError(
-            f"data.train_fraction={data.train_fraction} holds none of {len(labels)} images out: 1 trains on all of "
-            "them, 0.9 keeps a tenth back to choose on"
+            f"data.train_fraction={data.train_fraction} holds none of {plural(len(labels), 'image')} out: "
+            "1 trains on all of them, 0.9 keeps a tenth back to choose on"
         )
     return minival

@@ -28,7 +28,7 @@ from sam_repro.data.manifest import TOOL, check_manifest, manifest_path, read_ma
 from sam_repro.data.write import layouts, torchvision
 from sam_repro.data.write.layouts import RawSplit, Splits
 from sam_repro.data.write.partial import RECODED, REENCODED, PartialBeton
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 
 ESTIMATE_FILES = 64
 WHOLE = {  # layout: {split: (classes, images)}
@@ -179,7 +179,7 @@ def _check_classes(splits: Splits, src: Path, dst: Path, num_classes: int | None
     """Refuse splits whose labels would mean different things, here or in a file that is already there."""
     first, classes = next((split, raw.classes) for split, raw in splits.items())
     if num_classes is not None and len(classes) != num_classes:
-        raise UserError(f"{src} has {len(classes)} class folders, expected {num_classes}")
+        raise UserError(f"{src} has {plural(len(classes), 'class folder')}, expected {num_classes}")
     for split, raw in splits.items():
         if raw.classes != classes:
             raise UserError(f"{split} has other class folders than {first}, {difference(raw.classes, classes)}")
@@ -200,8 +200,8 @@ def _remarks(split: str, raw: RawSplit, layout: str) -> Iterator[str]:
     """What a user should know before the images are read: one sentence each."""
     whole = WHOLE.get(layout, {}).get(split)
     if whole and (len(raw.classes), len(raw.labels)) != whole:  # allowed, but an unpacking that was cut looks like this
-        there = f"{split} has {len(raw.labels):,} images in {len(raw.classes):,} classes"
-        yield f"{there}; all of {layout} would be {whole[1]:,} images in {whole[0]:,} classes"
+        there = f"{split} has {plural(len(raw.labels), 'image', ',')} in {plural(len(raw.classes), 'class', ',')}"
+        yield f"{there}; all of {layout} would be {plural(whole[1], 'image', ',')} in {plural(whole[0], 'class', ',')}"
     if raw.remark:
         yield f"{split}: {raw.remark}"
     spelt: dict[str, str] = {}
@@ -238,7 +238,7 @@ def _write_split(
     with PartialBeton(beton, key, count, gaps=rule["skip_bad"]) as partial:
         start = partial.next_image
         if start:
-            print(f"{beton}: going on after {start:,} of {count:,} images", flush=True)
+            print(f"{beton}: going on after {start:,} of {plural(count, 'image', ',')}", flush=True)
         else:
             _estimate(raw, beton, rule, pool)
         results = _ordered(raw, range(start, count), rule, pool)
@@ -298,7 +298,7 @@ def _estimate(raw: RawSplit, beton: Path, rule: dict[str, Any], pool: ThreadPool
     size = METADATA_AT + count * (float(np.mean(sizes)) + 48 if sizes else 0) + 2 * PAGE
     free = shutil.disk_usage(beton.parent).free
     wait = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{math.ceil(seconds)} s"
-    print(f"{beton}: {count:,} images, about {size / 1e9:.2f} GB and {wait}", flush=True)
+    print(f"{beton}: {plural(count, 'image', ',')}, about {size / 1e9:.2f} GB and {wait}", flush=True)
     if size > free:
         raise UserError(f"{beton.parent} has {free / 1e9:.2f} GB free; {beton.name} needs about {size / 1e9:.2f} GB")
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from sam_repro.data.datasets import FolderSource
 from sam_repro.data.folders import Names, classes_in, images_beside, is_hidden, is_image
-from sam_repro.errors import UserError
+from sam_repro.errors import UserError, plural
 
 Splits = dict[str, "RawSplit"]
 
@@ -103,7 +103,9 @@ def imagenet(src: Path, download: bool = False) -> Splits:
     val, tar = src / "val", src / "ILSVRC2012_img_val.tar"
     if val.is_dir() and classes_in(val):
         if flat := images_beside(val):  # moving them into folders was cut short
-            raise UserError(f"{val} has class folders and {len(flat):,} images next to them ({flat[0]} ...): move them")
+            raise UserError(
+                f"{val} has class folders and {plural(len(flat), 'image', ',')} next to them ({flat[0]} ...): move them"
+            )
         result["val"] = folders_of(val)
     elif val.is_dir():
         names = images_beside(val)
@@ -124,7 +126,7 @@ def folders_of(root: Path) -> RawSplit:
     source = FolderSource(root)
     remark = ""
     if beside := images_beside(root):
-        remark = f"{len(beside):,} images next to the class folders are left out, such as {beside[0]}"
+        remark = f"{plural(len(beside), 'image', ',')} next to the class folders are left out, such as {beside[0]}"
     return of_files(source.classes, source.labels, source.root, source.files, remark)
 
 
@@ -254,7 +256,7 @@ def arrays(src: Path, download: bool = False) -> Splits:
             continue
         labels, images = content[f"{prefix}_labels"], _images_of(content, prefix, src)
         if labels.shape != (len(images),) or not len(labels) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            wanted = f"integers from 0, one for each of its {len(images)} images"
+            wanted = f"integers from 0, one for each of its {plural(len(images), 'image')}"
             raise UserError(f"{src}: {prefix}_labels must be {wanted}, not {labels.dtype} {list(labels.shape)}")
         classes = content.get("class_names", np.arange(int(labels.max()) + 1)).astype(str).tolist()
         if len(classes) <= labels.max():

@@ -7,6 +7,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from sam_repro.config.run_id import readable_name
+from sam_repro.errors import plural
 from sam_repro.paper.outcomes import curve
 from sam_repro.paper.render.style import INK, RC, SOFT, logarithmic, mathematics
 from sam_repro.records.ledger import Row, summary_of
@@ -66,7 +67,7 @@ def draw_runs(ax: Axes, tree: dict[str, Any], runs: list[Row]) -> None:
     ax.axis("off")
     columns = tree["columns"]
     places = [1 - 0.08 * i for i in reversed(range(len(columns)))]
-    ax.text(0.02, 0, f"Name ({len(runs)} of {len(colours)} runs)", color=SOFT)
+    ax.text(0.02, 0, f"Name ({len(runs)} of {plural(len(colours), 'run')})", color=SOFT)
     for x, name in zip(places, columns, strict=True):
         ax.text(x, 0, name.removeprefix("sharpness/"), color=SOFT, ha="right", fontsize=6)
     for y, row in enumerate(runs, 1):

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sam_repro.errors import plural
 from sam_repro.paper.claims import judged
 from sam_repro.paper.deviations import deviations_path
 from sam_repro.paper.estimate import row_costs
@@ -109,7 +110,7 @@ def state_of(joined: JoinedTable, *, begun: bool) -> str:
         return f"cannot be planned yet: {joined.problem}"
     if not joined.runs:
         return "needs no run" if begun else "planned when its search is done"
-    return f"{len(joined.rows)} of {len(joined.runs)} runs"
+    return f"{len(joined.rows)} of {plural(len(joined.runs), 'run')}"
 
 
 def table_entry(joined: JoinedTable, figures: dict[str, Markup]) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def facts_of(row: Row) -> str:
     s = row.get("sharpness", {})
     if "lambda_max" in s:
         facts += f"; λ_max {s['lambda_max']:.4g} (residual {s['residual']:.1g}), 2h/ρ² {s['estimate']:.4g} at ρ "
-        facts += f"{s['rho']:.3g}, |cos(ε, v)| {s['alignment']:.3f}, on {s['images']} training images"
+        facts += f"{s['rho']:.3g}, |cos(ε, v)| {s['alignment']:.3f}, on {plural(s['images'], 'training image')}"
     return facts
 
 
