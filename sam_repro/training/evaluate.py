@@ -112,5 +112,5 @@ def _summed(hits: Iterable[tuple[Tensor, int]], loader: Loader, ranks: Ranks) ->
         ranks.pulse()
         counts += torch.stack([correct, correct.new_tensor(images)])
     correct, total = ranks.sum_(counts).tolist()
-    assert total == loader.samples, f"evaluated {total} images of {loader.samples}"
+    assert total == loader.samples, f"evaluated {total} of images={loader.samples}"
     return {"correct": correct, "total": total}

@@ -140,7 +140,7 @@ def test_ranks_share_a_set_without_padding(root, world):
     for rank in range(world):
         opened = open_set(config(root), "v2")
         ranks = Part(rank, world, 0, 1, torch.device("cpu"))
-        with pytest.raises(AssertionError, match="images of 1000") as caught:  # one rank alone is not the set
+        with pytest.raises(AssertionError, match="of images=1000") as caught:  # one rank alone is not the set
             count_set(always(0), opened, ranks)
         seen.append(int(re.search(r"evaluated (\d+)", str(caught.value))[1]))
     assert sum(seen) == 1000 and max(seen) - min(seen) <= 1
