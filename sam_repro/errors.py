@@ -11,13 +11,13 @@ LOST = os.EX_TEMPFAIL  # 75, the exit code of a rank whose peers are gone: the s
 
 
 class UserError(ValueError):
-    """Bad input. The front doors print its single sentence and exit with code 2, without a traceback."""
+    """Bad input. The commands print its single sentence and exit with code 2, without a traceback."""
 
     code = 2
 
 
 class OutOfMemory(UserError):
-    """Memory lacked for what was asked. The same command would lack it again, so nobody should repeat it unchanged."""
+    """There was not enough memory. The same command would fail again, so nobody should repeat it unchanged."""
 
     code = 4
 

@@ -1,17 +1,17 @@
-"""Check that every published number is the ledger's: derive everything again and compare.
+"""Compute every published number from the ledger again, and compare.
 
-  sam-repro check                                      # exit code 1, and what is stale or edited by hand
+  sam-repro check                                      # names what is stale or edited by hand; exit code 1
   sam-repro check --write                              # write the generated files and blocks anew
 
-It checks that every ledger row is whole and its counts are possible; that Table 4 is what the configurations say; that
-rows cite the deviations of their runs;
-that results/README.md and results/index.html are what `sam-repro report` makes of the ledger; and that the blocks
+It checks that every ledger row is whole and its counts are possible, that Table 4 agrees with the configurations, and
+that rows cite the deviations of their runs. It checks that results/README.md and results/index.html are what `sam-repro
+report` writes, and that the blocks
 
     <!-- sam-repro table demo --format md -->
     ...
     <!-- sam-repro end -->
 
-in README.md, docs/ and benchmarks/ are what that command prints. Numbers belong in such blocks; nobody edits them.
+in README.md, docs/ and benchmarks/ are what that command prints. Do not edit such a block by hand.
 The tables of our own benchmarks are checked by `python benchmarks/report.py --check`.
 """
 

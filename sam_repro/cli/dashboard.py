@@ -1,10 +1,10 @@
-"""A W&B workspace and a report of a table: its runs by model and method, and the panels that its claims are about.
+"""Build a W&B workspace and a report for a table: its runs by model and method, and the panels of its claims.
 
   sam-repro dashboard table1 --entity my-team          # builds both with a key, else writes dashboard-table1.json
   sam-repro dashboard --push dashboard-table1.json     # later
   sam-repro dashboard demo --preview demo.svg          # what it would look like, from the ledger: no key needed
 
-The report holds the table as `sam-repro table` prints it at that moment, and the panels; the workspace only the panels.
+The report has the panels, and the table as `sam-repro table` prints it at that moment. The workspace has the panels.
 Building needs `pip install wandb-workspaces`; writing the JSON needs nothing.
 """
 
@@ -32,9 +32,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--entity", default="", help="W&B user or team")
     parser.add_argument("--project", default="sam-repro")
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="folder of ledger rows (default: the table's own)")
-    parser.add_argument("--push", type=Path, metavar="FILE", help="build what an earlier call wrote")
+    parser.add_argument("--push", type=Path, metavar="FILE", help="build from the JSON file of an earlier call")
     parser.add_argument("--preview", type=Path, metavar="FILE", help="draw what W&B would show, as .svg, .png or .pdf")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here, key or no key")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the JSON to this file, with or without a key"
+    )
 
 
 def run(args: Namespace) -> None:

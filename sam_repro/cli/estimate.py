@@ -1,16 +1,16 @@
-"""What a table costs: images, EFLOP, GPU-hours, days and money per row, from speeds measured on the hardware.
+"""Say what a table costs: images, EFLOP, GPU-hours, days and money per row, from speeds measured on the hardware.
 
   sam-repro estimate table1 --gpu h100 --gpus 8 --price 2.5
-  sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained a GPU
+  sam-repro estimate table1 --tflops 200               # no measurement: assume 200 TFLOP/s sustained per GPU
   sam-repro estimate demo --gpu cpu --calibrate        # first measure this machine for a minute
 
-The speed of a run is the lower of its step's and its loader's speeds, from results/benchmarks/. With --missing, a row
-whose other seeds are finished on this hardware takes their hours. Where nothing was measured the hours stay empty.
+The speed of a run is that of its step or of its loader, whichever is lower, from results/benchmarks/. With --missing, a
+row whose other seeds are finished on this hardware takes their hours. If nothing was measured, the hours stay empty.
 
-FLOP = images x forward x 3 (backward is twice the forward) x passes of the method: each row shows its images, GFLOP of
-one forward pass and passes. Compiling, evaluation and checkpoints are not counted. GB is the memory of each GPU, with
-the fewest images per pass and with the fastest number (train.chunk); --memory 24GB shows how many a run takes on such
-a card. Finished runs stand next to their estimate: their hours, and in brackets how many they are.
+FLOP = images x FLOP of a forward pass x 3 (the backward pass is twice the forward) x passes of the method. Each row
+shows these numbers. Compiling, evaluation and checkpoints are not counted. GB is the memory per GPU, first with the
+fewest images per pass, then with the fastest number (train.chunk). --memory 24GB also shows how many images per pass a
+run takes on such a card. The column "actual h" has the hours of finished runs, with their number in brackets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per row, instead of what the table asks for")
     parser.add_argument("--missing", action="store_true", help="count only the runs that the ledger lacks")
     parser.add_argument(
-        "--tflops", type=positive_number, metavar="X", help="assume this sustained speed a GPU where none is known"
+        "--tflops", type=positive_number, metavar="X", help="assume this sustained speed per GPU where none is known"
     )
     parser.add_argument("--memory", metavar="GB", help="of a card, such as 24GB: also print its images per pass")
     parser.add_argument("--calibrate", action="store_true", help="measure the models and methods of the tables first")

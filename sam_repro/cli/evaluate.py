@@ -1,12 +1,11 @@
-"""Evaluate weights on named test sets, exactly: counts, accuracy and its 95 % interval.
+"""Evaluate weights on named test sets: exact counts, accuracy and its 95 % interval.
 
   sam-repro evaluate runs/vit_b32-gsam-s0-0123abcd --sets val,real,v2,r,c --eval-root /data/testsets
   sam-repro evaluate weights.safetensors --model tf_efficientnet_lite0 --root /data/imagenet --sets v1,real
 
-A run brings its own configuration. Other weights (.safetensors, or torch's .pt, .pth, .bin, .ckpt, .tar) are taken to
-be trained as timm says about the model (size, mean, std, interpolation, crop) unless options say otherwise. Where timm
-and configs/model have the same name it is timm's, unless a run here has left the weights. Under torchrun or srun the
-ranks share the images.
+A run has its own configuration. For other weights (.safetensors, or torch's .pt, .pth, .bin, .ckpt, .tar), size, mean,
+std, interpolation and crop are what timm says about the model. Options override this. If timm and configs/model have
+the same name, timm's model is meant, unless a run made the weights. Under torchrun or srun the ranks share the images.
 """
 
 from __future__ import annotations
@@ -156,7 +155,9 @@ def data_of(model: nn.Module, image_size: int | None, *, test_size: bool) -> Dat
     wants = resolve_model_data_config(model, use_test_size=test_size)
     channels, height, size = wants["input_size"]
     if (channels, height) != (3, size):
-        raise UserError(f"this model sees {channels} x {height} x {size} numbers; only square RGB images are evaluated")
+        raise UserError(
+            f"this model takes {channels} x {height} x {size} numbers; `evaluate` has square RGB images only"
+        )
     if not model.num_classes:
         raise UserError("timm has no classifier for this model: --num-classes says how many outputs yours has")
     return DataConfig(

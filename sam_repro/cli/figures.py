@@ -1,4 +1,4 @@
-"""Draw a table's curves, sweeps or dots as SVG and PNG, with the paper's own values.
+"""Draw the figure of a table as SVG and PNG: curves, sweeps or dots, with the paper's own values.
 
   sam-repro figures demo                               # runs/demo/figures/demo.svg and .png
   sam-repro figures fig7 --output /tmp/figures

@@ -17,20 +17,20 @@ from sam_repro.records.failure import is_about_files
 
 # module of this package: what it does, in one line
 COMMANDS = {
-    "train": "train one model with one method: `python train.py` without a checkout",
+    "train": "train one model with one method; in a checkout also `python train.py`",
     "write": "turn image folders into .beton files with a manifest",
-    "evaluate": "count the right answers of any weights on any test set",
-    "run": "run the rows of a table that the ledger lacks, one after the other",
-    "plan": "list the runs of a table, for a SLURM array",
-    "table": "ours and the paper's numbers, with intervals and verdicts",
-    "figures": "draw a table's curves",
-    "estimate": "what a table costs, from measured speeds",
-    "status": "runs done, at work and missing, table by table",
-    "sharpness": "eigenvalues, surrogate gap, slices of a trained run; the papers' toys",
-    "report": "everything as one page, results/index.html",
-    "check": "derive every published number again, and compare",
-    "sync": "replay the logs of runs to W&B",
-    "dashboard": "a W&B workspace for a table",
+    "evaluate": "measure the accuracy of any weights on any test set",
+    "run": "train the runs of a table that are missing in the ledger",
+    "plan": "list the runs of a table, for instance for a SLURM array",
+    "table": "print our numbers and the paper's, with intervals and verdicts",
+    "figures": "draw the figure of a table",
+    "estimate": "say what a table costs, from measured speeds",
+    "status": "count the runs of each table: done, running, failed, waiting",
+    "sharpness": "measure eigenvalues, surrogate gap and loss slices of a run; draw the papers' toys",
+    "report": "write everything as one page, results/index.html",
+    "check": "compute every published number again, and compare",
+    "sync": "send the logs of runs to W&B",
+    "dashboard": "build a W&B workspace for a table",
 }
 
 
@@ -95,7 +95,7 @@ def train(words: list[str]) -> int:
 
 def overview() -> str:
     """What `sam-repro --help` prints."""
-    lines = ["usage: sam-repro <command> [options]     (sam-repro <command> --help says more)", ""]
+    lines = ["usage: sam-repro <command> [options]     (more: sam-repro <command> --help)", ""]
     lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     lines += ["", "In a checkout, `python train.py` is `sam-repro train`; its --help lists models, methods and data."]
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""List the runs of tables, one per line: run id, tab, overrides.
+"""List the runs of tables, one per line: the run id, a tab, and the overrides.
 
   sam-repro plan table1                                # every run
-  sam-repro plan table1 table5 --missing > plan.tsv    # what the ledger lacks; shared runs once
+  sam-repro plan table1 table5 --missing > plan.tsv    # what is missing; shared runs once
   sam-repro plan table1 'data.eval_sets=[v1,real,v2,r,c]' data.eval_root=/data/testsets    # in every line
 
-Line N is `python train.py <overrides>`, so that a SLURM array of `wc -l < plan.tsv` tasks trains the table.
+Each line stands for `python train.py <overrides>`. A SLURM array with one task per line trains the table.
 """
 
 from __future__ import annotations

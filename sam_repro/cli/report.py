@@ -1,9 +1,9 @@
-"""One self-contained page of everything: claims, figures, tables, every run's curves, costs, deviations.
+"""Write everything as one self-contained page: claims, figures, tables, every run's curves, costs, deviations.
 
   sam-repro report                                     # results/index.html, from the rows in results/runs
   sam-repro report demo --output runs/demo/index.html
 
-The page needs no network and no library, reads on a phone, and is the same bytes for the same ledger.
+The page needs no network and fits a phone. The same ledger gives the same bytes.
 """
 
 from __future__ import annotations

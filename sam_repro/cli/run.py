@@ -1,4 +1,4 @@
-"""Run what the ledger lacks of tables or plans, through the code of train.py: one after the other, or several per GPU.
+"""Train the runs of tables or plans that are missing in the ledger, one after the other or several per GPU.
 
   sam-repro run demo
   sam-repro run demo --only '*/gsam' --seeds 1 recipe.epochs=5
@@ -7,11 +7,11 @@
   sam-repro run study_cifar study_m --gpus 2 --per-gpu 3 --budget 9m
   sam-repro run plan.tsv                               # the lines of `sam-repro plan`
 
-Tables come in the order given, of each the first seed of every row before the second of any. A finished run is never
-repeated and an interrupted one resumes. A diverged run is a result: the queue goes on, and the exit code is 3. Ctrl-C,
-SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP save what runs and end the queue (128 + signal). With --gpus or --per-gpu, runs are
-spread over worker processes (logs in <runs_dir>/pool/); a run that fails or kills its worker stops nothing else (exit
-code 1).
+Tables come in the order given. In each table, every row gets its first seed before any row gets its second. A finished
+run is not repeated, and an interrupted run resumes. A diverged run is a result: the queue goes on, and the exit code is
+3. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP save the runs at work and end the queue; the exit code is 128 + signal.
+With --gpus or --per-gpu, worker processes share the runs; their logs are in <runs_dir>/pool/. If a run fails or kills
+its worker, the others go on, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="table | plan.tsv | key=value", help=what)
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds per row, instead of what the table asks for")
     parser.add_argument("--limit", type=positive, metavar="N", help="start at most N runs")
-    only = "rows whose id, or runs whose run id, match (* is anything); given again, both must"
+    only = "only rows whose id, or runs whose run id, match (* is anything); given twice, both must"
     parser.add_argument("--only", metavar="PATTERN", action="append", default=[], help=only)
-    parser.add_argument("--budget", type=duration, metavar="9m", help="stop after this time: 90s, 9m, 2h; exit code 0")
-    parser.add_argument("--gpus", type=positive, metavar="N", help="spread the runs over so many GPUs")
-    parser.add_argument("--per-gpu", type=positive, metavar="K", help="so many runs at once on each (default: 1)")
+    parser.add_argument(
+        "--budget", type=duration, metavar="9m", help="save and stop after this time: 90s, 9m, 2h; exit code 0"
+    )
+    parser.add_argument("--gpus", type=positive, metavar="N", help="share the runs among this many GPUs")
+    parser.add_argument(
+        "--per-gpu", type=positive, metavar="K", help="this many runs at the same time on each GPU (default: 1)"
+    )
     parser.add_argument("--ledger", type=Path, metavar="DIR", help="write the rows here instead of the table's folder")
 
 

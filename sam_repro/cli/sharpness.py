@@ -1,4 +1,4 @@
-"""Measure the curvature of a trained run, or draw the toys; each writes a picture (SVG, PNG) and its numbers (JSON).
+"""Measure the curvature of a trained run, or draw the papers' toys: a picture (SVG, PNG) and numbers (JSON).
 
   sam-repro sharpness eigen runs/<run_id> --n 5            # extreme eigenvalues by Lanczos, with residuals
   sam-repro sharpness gap runs/<run_id> --rho 0.05 0.1     # h, 2h/rho^2 and its first-order part, and sigma_max
@@ -7,9 +7,9 @@
   sam-repro sharpness convergence runs/<run_id>            # the power method, product by product (Eigen-SAM's rebuttal)
   torchrun --nproc-per-node=8 -m sam_repro.cli sharpness eigen runs/<run_id> --images 50000
 
-The training loss in fp32, in evaluation mode, on --images centre-cropped images of the training split, drawn from
---seed with the classes in turn. <run> may be a checkpoint, runs/<run_id>/step-*.pt. Under torchrun or srun the ranks
-share the images. Over training, from the log of a run trained with sharpness.every=100:
+They measure the training loss in fp32, in evaluation mode. The images are centre crops of --images training images,
+drawn from --seed with the classes in turn. <run> may also be a checkpoint, runs/<run_id>/step-*.pt. Under torchrun or
+srun the ranks share the images. These two read the log of a run that trained with sharpness.every=100:
 
   sam-repro sharpness decay runs/<run_id>                  # what is left of an old eigenvector (rebuttal)
   sam-repro sharpness alignment runs/<run_id>              # the perturbation and the top eigenvector; lambda_max
@@ -43,7 +43,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each rank (default: 64)")
     parser.add_argument("--n", type=int, default=1, help="eigen: how many at each end")
     parser.add_argument("--tol", type=float, default=1e-3, help="relative residual at which Lanczos stops")
-    parser.add_argument("--max-steps", type=int, default=60, help="products at most; as many vectors are kept")
+    parser.add_argument(
+        "--max-steps", type=int, default=60, help="at most this many products; as many vectors are kept"
+    )
     parser.add_argument("--rho", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2], help="gap: radii")
     parser.add_argument("--width", type=float, default=1.0, help="slice: how far to go, in filter norms")
     parser.add_argument("--points", type=int, default=21, help="slice: points per direction")
@@ -125,7 +127,9 @@ def decay(folder: Path) -> dict[str, Any]:
 
     ages = decay_by_age(measurements(folder, "decay"))
     if not ages:
-        raise UserError(f"{folder}: no measurement has a former eigenvector to look back at")
+        raise UserError(
+            f"{folder}: no measurement has an earlier eigenvector to compare with; train with sharpness.every=100"
+        )
     means = {a: {k: sum(e[k]) / len(e[k]) for k in ("cosine", "quality")} for a, e in ages.items()}
     for age, mean in means.items():
         print(f"after {plural(age, 'step')}: |cos| {mean['cosine']:.3f}, v'Hv/lambda {mean['quality']:.3f}")

@@ -1,7 +1,7 @@
-"""Where the tables stand, and every run of those that are named: waiting, running, stopped, done, diverged, failed.
+"""Count the runs of tables by state: waiting, running, stopped, done, diverged, failed. A named table lists them.
 
-sam-repro status                                     # a line per table, and the runs at work or failed
-sam-repro status table1                              # and every run of it, with step, loss, time left or last error
+sam-repro status                                   # a line per table, and runs that run, stopped or failed
+sam-repro status table1                            # every run of it, with step, loss, time left or last error
 """
 
 from __future__ import annotations

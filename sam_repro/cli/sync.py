@@ -1,9 +1,9 @@
-"""Show finished and interrupted runs in W&B from their log.jsonl, for clusters without network and runs without W&B.
+"""Send finished and interrupted runs to W&B from their log.jsonl, after training without a network or without W&B.
 
   sam-repro sync runs                                  # every run folder in runs/, online with a key, else offline
   sam-repro sync runs/vit_b32-gsam-s0-1a2b3c4d --mode offline
 
-A run keeps its id, so syncing again, or after the run went on, adds to the same W&B run.
+A run keeps its id. If you sync it again, or after it went on, the new lines go to the same W&B run.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def run_folders(folder: Path) -> list[Path]:
     inner = (*sorted(folder.glob("*")), *sorted(folder.glob("*/*")))  # runs/<run_id>, runs/demo/<run_id>
     run_folders = [f for f in (folder, *inner) if (f / "log.jsonl").is_file()]
     if not run_folders:
-        raise UserError(f"{folder} is no run folder and has none: there is no log.jsonl")
+        raise UserError(f"{folder} is not a run folder and contains none: it has no log.jsonl")
     return run_folders

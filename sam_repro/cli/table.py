@@ -1,9 +1,9 @@
-"""Ours and the paper's numbers: mean, 95 % t-interval over seeds, difference, verdict, provenance.
+"""Print our numbers and the paper's: mean, 95 % t-interval over seeds, difference, verdict, provenance.
 
   sam-repro table demo
   sam-repro table table1 --format html --output table1.html
   sam-repro table demo --format brief                  # the rows alone
-  sam-repro table table1 --format csv                  # one line a number, for other programs
+  sam-repro table table1 --format csv                  # one line per number, for other programs
 
 Verdicts: pending (no run yet), running, one seed, within / above / below (our interval, widened by the rounding of
 the printed number, against that number), diverged, not in our sources.

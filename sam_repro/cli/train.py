@@ -32,7 +32,7 @@ Train one model with one method, evaluate it, and write one ledger row.
 == Choices (folder=name) ==
 {choices}
 Any key of the configuration can be given as key=value; `--cfg job --resolve` prints them all, and
-sam_repro/config/schema.py says what each one means. The same command again resumes, or says that the run is done.
+sam_repro/config/schema.py explains each one. The same command again resumes, or says that the run is done.
 --config-dir adds a folder like configs/; `--hydra-help` lists Hydra's other options."""
 
 

@@ -1,14 +1,14 @@
-"""`sam-repro write`: a data set to train.beton and val.beton, each with a manifest.
+"""Write a data set as train.beton and val.beton, each with a manifest.
 
   sam-repro write imagenet --src /data/ILSVRC2012 --dst /data/imagenet     # folders, or the original tar files
   sam-repro write pets --src /data/torchvision --dst /data/pets --download
   sam-repro write arrays --src images.npz --dst /data/mine
 
-A JPEG that FFCV can decode and that is small enough keeps its coefficients, and so every pixel: writing loses nothing.
-It is coded anew with restart markers, so that training decodes a crop without reading the rest, and without metadata
-(--segment 0 keeps its bytes). Larger images, other formats and CMYK are re-encoded; arrays keep their pixels. EXIF
-orientation is not applied, as TensorFlow's pipelines do not. The same command again does nothing, or writes what
-changed; it recodes a file that was written without restart markers.
+A JPEG that is small enough and that FFCV can decode keeps its coefficients, so no pixel changes. It gets restart
+markers, so that training can decode a crop without reading the rest. It loses its metadata. --segment 0 keeps its
+bytes. Larger images, other formats and CMYK are encoded again. Arrays keep their pixels. EXIF orientation is not
+applied, as in TensorFlow's pipelines. The same command again writes only what changed. A file without restart markers
+is recoded.
 """
 
 from __future__ import annotations

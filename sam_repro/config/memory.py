@@ -26,7 +26,7 @@ def memory_bytes(text: str, key: str, *, total: float | None = None) -> float:
     if amount and not amount[2] and total is not None and 0 < value <= 1:
         return value * total
     share = "" if total is None else ", or a share of the memory in (0, 1], such as 0.5"
-    raise UserError(f"{key}={text} is no amount of memory: give GB, such as 24GB{share}")
+    raise UserError(f"{key}={text} is not an amount of memory: give GB, such as 24GB{share}")
 
 
 def batch_bytes(batch: float, image_size: int) -> float:

@@ -79,8 +79,8 @@ class Monitor:
         except (RuntimeError, UserError) as error:
             if not isinstance(error, UserError) and not no_memory(error):
                 raise
-            memory = f"no memory for {plural(self.cfg.sharpness.batch, 'image')} a pass (sharpness.batch) "
-            memory += f"besides up to {MAX_PRODUCTS} vectors as large as the weights"
+            memory = f"no memory for {plural(self.cfg.sharpness.batch, 'image')} per pass (sharpness.batch) "
+            memory += f"next to up to {MAX_PRODUCTS} vectors as large as the weights"
             why = str(error) if isinstance(error, UserError) else memory
             if self.ranks.world > 1:  # the others wait for this rank in the middle of a product
                 raise UserError(f"sharpness cannot be measured: {why}; sharpness.images=0 leaves it out") from None

@@ -91,7 +91,7 @@ class BetonSource:
             return np.frombuffer(data, np.uint8).reshape(self.file.heights[index], self.file.widths[index], 3)
         image = decode(data, f"sample {index} of {self.file.path}")
         if image.shape[:2] != (self.file.heights[index], self.file.widths[index]):
-            raise UserError(f"sample {index} of {self.file.path} has other sides than the file says")
+            raise UserError(f"sample {index} of {self.file.path} has another width or height than the file says")
         return image
 
     def encoded(self, index: int) -> Buffer | None:

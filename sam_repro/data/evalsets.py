@@ -214,7 +214,7 @@ def _real_answers(source: Source) -> np.ndarray:
     for row, name in zip(answers, source.files, strict=True):
         found = re.search(r"ILSVRC2012_val_(\d{8})", name)
         if found is None or not 1 <= int(found[1]) <= len(labels):
-            raise UserError(f"evaluation set real needs ImageNet's own file names, and {name} is none")
+            raise UserError(f"evaluation set real needs ImageNet's own file names, and {name} is not one")
         own = labels[int(found[1]) - 1]
         row[: len(own)] = own
     return answers

@@ -99,7 +99,7 @@ def images_by_class(root: Path) -> tuple[list[str], Names, np.ndarray, str]:
     for name in classes:
         identity = _identity(root / name)
         if identity in own:
-            raise UserError(f"the class folders {own[identity]} and {name} of {root} are one folder, by a link")
+            raise UserError(f"the class folders {own[identity]} and {name} of {root} are the same folder, by a link")
         own[identity] = name
     above = {_identity(folder) for folder in (root, *root.resolve().parents)}
     files, counts, digest = Names(), [], hashlib.sha256(b"[")

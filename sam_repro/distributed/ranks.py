@@ -221,7 +221,7 @@ def variable(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isascii() or not text.isdigit():
         other = "WORLD_SIZE" if name == "RANK" else "RANK"
-        missing = f"{other} is set, but {name} is not" if text == "" else f"{name}={text} is no number of processes"
+        missing = f"{other} is set, but {name} is not" if text == "" else f"{name}={text} is not a number of processes"
         raise UserError(f"{missing}; {LAUNCH}")
     return int(text)
 

@@ -94,7 +94,7 @@ def check_digest(path: Path) -> None:
         return
     known = re.search(r"^SHA-256 of model\.safetensors: (\w+)$", card.read_text(errors="replace"), re.MULTILINE)
     if known and sha256(path) != known[1]:
-        raise UserError(f"{path} is not the file that {card.name} describes: its SHA-256 is another, so it is damaged")
+        raise UserError(f"{path} is not the file that {card.name} describes: its SHA-256 differs, so it is damaged")
 
 
 def load_pickle(path: Path, device: torch.device) -> Any:

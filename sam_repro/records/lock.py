@@ -110,7 +110,7 @@ class RunLock:
         except OSError:
             return  # a file server that is away; if it stays away, the save that follows says so
         if holder != self.me:
-            raise UserError(f"another process took {self.path.parent} over while this one did not run")
+            raise UserError(f"another process took over {self.path.parent} while this one did not run")
 
     def release(self) -> None:
         """Give the run up."""

@@ -108,7 +108,7 @@ def parse_row(text: str) -> Row:
 
 def refuse_constant(word: str) -> float:
     """JSON has no NaN and no Infinity, though Python reads them."""
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a number in JSON")
 
 
 def bounded_int(digits: str) -> int:

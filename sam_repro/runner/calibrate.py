@@ -97,7 +97,7 @@ def measure_step(cfg: Config) -> tuple[Entry, str]:
             measured = replace(measured, optim=replace(cfg.optim, **cycle))
         row = main(measured)
         if row["status"] != "done":
-            raise UserError(f"the calibration of {row['run_id']} ended {row['status']}")
+            raise UserError(f"the calibration run {row['run_id']} ended as {row['status']}")
         row = ledger.read_row(ledger.row_path(f"{folder}/ledger", row["run_id"]))
     mean = mean_step(curve(row, "step_seconds"), period)
     entry: dict[str, Any] = {"kind": "step", "model": cfg.model.name, "method": cfg.optim.name, "m": cfg.optim.m}

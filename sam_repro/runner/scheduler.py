@@ -187,9 +187,7 @@ class Scheduler:
             failures = failures + 1 if answer["status"] in ("failed", "died") else 0
             self.finish(r, answer)
         if failures == FAILURES:
-            self.say(
-                f"worker {number} on GPU {self.slots[number]} takes no more: {FAILURES} runs in a row failed there"
-            )
+            self.say(f"worker {number} on GPU {self.slots[number]} stops: {FAILURES} runs in a row failed there")
         if worker is not None:
             worker.close()
 

@@ -134,7 +134,7 @@ def measure(cfg: Config, run: Run, data: Data, job: Job, progress: Progress, *, 
     if job.monitor is None:
         return {}
     if final:
-        run.log.say(f"measuring the sharpness on {plural(cfg.sharpness.images, 'image')}; the weights are saved")
+        run.log.say(f"the weights are saved; measuring the sharpness on {plural(cfg.sharpness.images, 'image')}")
     rho = rho_of(cfg, lr_schedule_of(cfg, data.total)(max(progress.step - 1, 0)))
 
     def after(products: int) -> None:

@@ -56,7 +56,7 @@ class Tracker:
 
     def off(self, why: str) -> None:
         """Say that W&B does not have all of the run."""
-        self.say(f"W&B is off: {why}; the run has everything, `sam-repro sync {self.run_dir}` shows it there later")
+        self.say(f"W&B is off: {why}; log.jsonl has everything, and `sam-repro sync {self.run_dir}` sends it later")
 
     def close(self, code: int = 0, row: Row | None = None) -> None:
         """Let it send the rest, for a while.

@@ -159,7 +159,7 @@ def test_a_broken_gpu_does_not_eat_the_queue(tmp_path: Path, monkeypatch: pytest
     queue = Scheduler(lambda: runs, gpu_slots(2, 1), ledger_dir=tmp_path, say=said.append)
     assert queue.work() == 1
     assert sorted(queue.outcomes.values()) == ["done"] * 5 + ["failed"] * 3
-    assert "worker 1 on GPU 1 takes no more: 3 runs in a row failed there" in said
+    assert "worker 1 on GPU 1 stops: 3 runs in a row failed there" in said
 
 
 def test_a_plan_that_cannot_be_read_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

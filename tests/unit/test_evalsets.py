@@ -65,7 +65,7 @@ def test_real_takes_any_label_and_leaves_out_images_without(root, monkeypatch):
     monkeypatch.setattr(evalsets, "_info", lambda name: evalsets.json.dumps(labels))
     assert count_set(always(6), open_set(config(root), "real"), RANKS) == {"correct": 2, "total": 3}
     put(root / "val" / "n01440764", "mine.jpg", 0)
-    with pytest.raises(UserError, match="mine.jpg is none"):
+    with pytest.raises(UserError, match="mine.jpg is not one"):
         open_set(config(root), "real")
 
 

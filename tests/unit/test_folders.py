@@ -120,7 +120,7 @@ def test_trees_that_cannot_be_right_are_sentences(src, tmp_path):
     refused("train/c is a link to a folder that is not there")
     (root / "c").unlink()
     (root / "c").symlink_to(root / "a")
-    refused("the class folders a and c of .* are one folder, by a link")
+    refused("the class folders a and c of .* are the same folder, by a link")
     (root / "c").unlink()
     (root / "c" / "inside").mkdir(parents=True)
     refused("the class folder .*c has no images")
@@ -190,7 +190,7 @@ def test_odd_names_can_be_printed(src):
         command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "1 images next to the class folders are left out, such as beside" in done.stdout
+    assert "1 image next to the class folders left out, such as beside" in done.stdout
     assert "cannot use a/" in done.stderr
 
 

@@ -48,7 +48,7 @@ def open_betons(root: Path) -> list[str]:
         ({"num_classes": 3}, "data.num_classes=3"),
         ({"split": "minival"}, "holds none of"),
         ({"batch": 9}, "fewer than one batch"),
-        ({"backend": "memory", "randaugment": 10}, "backend=memory is impossible"),
+        ({"backend": "memory", "randaugment": 10}, "backend=memory cannot be used"),
     ],
 )
 def test_a_loader_that_cannot_be_built_closes_its_file(root, options, words):

@@ -72,7 +72,7 @@ def resolve_backend(data: DataConfig) -> tuple[str, str]:
         )
         return "ffcv", f"ffcv is installed and {beton} exists; {cached}"
     if data.backend == "ffcv":
-        raise UserError(f"data.backend=ffcv is impossible: {obstacle}")
+        raise UserError(f"data.backend=ffcv cannot be used: {obstacle}")
     return "torch", obstacle
 
 
@@ -128,7 +128,7 @@ def build_loader(
                 reason = reason if backend == "memory" else "it fits on the device"
                 return MemoryLoader(source, plan, geometry, reason=reason, **threads)
             if backend == "memory":
-                raise UserError(f"data.backend=memory is impossible: {obstacle}")
+                raise UserError(f"data.backend=memory cannot be used: {obstacle}")
         if training and jpeg.load():
             reason += f"; whole images instead of crops, since {jpeg.load()}"
         threads |= {"magnitude": magnitude, "reason": reason}

@@ -126,7 +126,7 @@ def folders_of(root: Path) -> RawSplit:
     source = FolderSource(root)
     remark = ""
     if beside := images_beside(root):
-        remark = f"{plural(len(beside), 'image', ',')} next to the class folders are left out, such as {beside[0]}"
+        remark = f"{plural(len(beside), 'image', ',')} next to the class folders left out, such as {beside[0]}"
     return of_files(source.classes, source.labels, source.root, source.files, remark)
 
 
@@ -311,5 +311,5 @@ def huggingface(src: Path, download: bool = False) -> Splits:
         stamp = [table._fingerprint, len(labels)]
         result[split] = RawSplit(table.features[label].names, labels, names, read, lambda stamp=stamp: stamp)
     if not result:
-        raise UserError(f"{src} has neither a split train nor validation")
+        raise UserError(f"{src} has no split train and no split validation")
     return result
