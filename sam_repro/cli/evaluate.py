@@ -119,7 +119,7 @@ def load(args: Namespace) -> tuple[Config, nn.Module]:
 
 
 def is_ours(name: str, weights: Path) -> bool:
-    """Whether --model is a name of configs/model: one that timm has not, or with weights that a run here has left."""
+    """Whether --model names a model of configs/model: timm does not have it, or a run here made the weights."""
     import timm
 
     from sam_repro.models.pretrained import is_of_a_run
@@ -146,7 +146,7 @@ def timm_model(args: Namespace) -> nn.Module:
 
 
 def data_of(model: nn.Module, image_size: int | None, *, test_size: bool) -> DataConfig:
-    """What timm says that the model's published weights want to see, with its margin around another `image_size`.
+    """The data settings of timm for the model's published weights, with timm's margin if `image_size` is another.
 
     `test_size` takes the size and the margin that timm has for tests, where they are others than for training.
     """
@@ -174,7 +174,7 @@ def data_of(model: nn.Module, image_size: int | None, *, test_size: bool) -> Dat
 
 
 def customise(data: DataConfig, args: Namespace) -> None:
-    """Lay the options that were given over `data`. Raises UserError for what is then no view of an image."""
+    """Lay the options that were given over `data`. Raises UserError if they do not fit together."""
     for key in OVERRIDES:
         if getattr(args, key) is not None:
             setattr(data, key, getattr(args, key))
@@ -185,7 +185,7 @@ def customise(data: DataConfig, args: Namespace) -> None:
 
 
 def shown(cfg: Config) -> str:
-    """How the images are shown, for who has to know whether it is as in training."""
+    """How the images are shown to the model, to compare with training."""
     d = cfg.data
     view = f"{d.image_size} px of {d.eval_resize} ({d.crop_mode}, {d.interpolation})"
     return f"{cfg.model.name} sees {view}, mean {d.mean}, std {d.std}"

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.name is None or error.name.startswith("sam_repro"):
             raise
         what = f"`sam-repro {name}` needs {error.name.split('.')[0]}, which is not installed"
-        print(f"error: {what}; `pip install -e .` or ./install.sh brings everything", file=sys.stderr)
+        venv = "`source .venv/bin/activate` first, or install it with ./install.sh or `pip install -e .`"
+        print(f"error: {what}; {venv}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `sam-repro table ... | head`
         return 0

@@ -122,7 +122,7 @@ def draw(what: str, numbers: dict[str, Any], output: Path) -> list[Path]:
 
 
 def decay(folder: Path) -> dict[str, Any]:
-    """What is left of an eigenvector after some steps of training: Eigen-SAM's rebuttal, Fig. 2."""
+    """How well an eigenvector still fits after some steps of training: Eigen-SAM's rebuttal, Fig. 2."""
     from sam_repro.curvature.from_log import decay_by_age, measurements
 
     ages = decay_by_age(measurements(folder, "decay"))

@@ -61,7 +61,7 @@ def convergence(figure: Any, numbers: Numbers) -> None:
 
 
 def decay(figure: Any, numbers: Numbers) -> None:
-    """What is left of old eigenvectors, by age and over training."""
+    """How well old eigenvectors still fit, by age and over training."""
     left, right = figure.subplots(1, 2)
     ages, means = numbers["ages"], numbers["means"]
     for key, label in (("cosine", "|cos| with today's"), ("quality", "v'Hv / λ")):
@@ -83,7 +83,7 @@ def alignment(figure: Any, numbers: Numbers) -> None:
 
 
 def toy(figure: Any, numbers: Numbers) -> None:
-    """The toy surface with the ways down."""
+    """The toy surface with the trajectories."""
     draw_toy(figure.add_subplot(title="Two sharp wells on the way to a flat minimum"), trajectories())
 
 

@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The folder itself where it is a run's, else the runs' folders in it."""
+    """The folder itself if it is a run's, else the run folders in it."""
     inner = (*sorted(folder.glob("*")), *sorted(folder.glob("*/*")))  # runs/<run_id>, runs/demo/<run_id>
     run_folders = [f for f in (folder, *inner) if (f / "log.jsonl").is_file()]
     if not run_folders:

@@ -125,7 +125,7 @@ def compose_and_train(statuses: list[str]) -> None:
 
 
 def say(sentence: str, statuses: list[str]) -> None:
-    """A line for the person who typed; before training all ranks refuse the same words, and one says why."""
+    """Print a line once: before training all ranks refuse the same words, and only one of them says why."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if statuses or rank == "0":
         print(sentence, file=sys.stderr)

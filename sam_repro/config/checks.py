@@ -1,4 +1,4 @@
-"""Values that fit their types but not each other: each is refused in one sentence."""
+"""Values that fit their types but not each other. Each is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sam_repro.errors import UserError, plural
 
 
 def validate(cfg: Config) -> None:
-    """Check the limits of all fields, and what stands between them.
+    """Check the limits of all fields, and the relations between fields.
 
     Raises UserError with one sentence that names the key and what it may be.
     """
@@ -80,7 +80,7 @@ def check_method(o: OptimConfig) -> None:
 
 
 def check_images(data: DataConfig) -> None:
-    """Refuse a view of the images that has not enough pixels."""
+    """Refuse an image size that has too few pixels."""
     if data.eval_resize < data.image_size:
         raise UserError(
             f"data.eval_resize={data.eval_resize} is smaller than data.image_size={data.image_size}; without a margin "
@@ -89,7 +89,7 @@ def check_images(data: DataConfig) -> None:
 
 
 def check_warmup(cfg: Config, steps: int) -> None:
-    """Refuse a warm-up longer than the run, where only the data say how long that is."""
+    """Refuse a warm-up that is longer than the run, once the data set has given the run's length."""
     if cfg.recipe.warmup_steps > steps:
         raise UserError(
             f"recipe.warmup_steps={cfg.recipe.warmup_steps} must not exceed the {plural(steps, 'step')} of the run; "
@@ -98,7 +98,7 @@ def check_warmup(cfg: Config, steps: int) -> None:
 
 
 def refuse_unread(cfg: Config, words: Iterable[str], unresolved: str) -> None:
-    """Refuse overrides of keys that nothing reads under the settings of `cfg`: a run with a name that says too much.
+    """Refuse overrides of keys that nothing reads under the settings of `cfg`. They would change the run's name only.
 
     For the words of one command line only. Tables lay an override over every method, whether it reads it or not.
 

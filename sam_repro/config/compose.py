@@ -191,7 +191,7 @@ def explain(error: Exception, words: list[str], *more: Path) -> str:
 
 
 def unreadable(word: str) -> str:
-    """A sentence for a word that Hydra's grammar does not have, and how it is written."""
+    """A sentence for a word that Hydra cannot read, and how to write it."""
     key, equals, value = word.partition("=")
     if not equals:
         return f"{word}: options are written key=value"

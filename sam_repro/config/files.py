@@ -30,7 +30,7 @@ OVERRIDE = re.compile(r"override /(\w+)(@.*)?")
 
 
 class OnlyHydraKnows(Exception):
-    """Something that is wrong, or that Hydra's grammar has and this module has not."""
+    """Raised for what is wrong, and for what only Hydra's grammar can read."""
 
 
 def config_dir() -> Path:

@@ -1,4 +1,4 @@
-"""What a field's value may be and when the field is read: stated next to the field, as its metadata."""
+"""Which values a field may have, and when it is read. Both stand next to the field, as its metadata."""
 
 from __future__ import annotations
 

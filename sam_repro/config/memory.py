@@ -1,4 +1,4 @@
-"""Memory: amounts as they are typed, what passes of so many images need, and which numbers of images there are."""
+"""Memory: amounts as they are typed, what a pass of n images needs, and which n are possible."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def memory_bytes(text: str, key: str, *, total: float | None = None) -> float:
 
 
 def batch_bytes(batch: float, image_size: int) -> float:
-    """Bytes of a batch of uint8 images and of the next, which is on its way."""
+    """Bytes of a batch of uint8 images and of the next batch, which is already being loaded."""
     return 2.0 * batch * 3 * image_size**2
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes at the peak of a step with passes of so many images, for groups of m."""
+    """Bytes at the peak of a step, for passes of n images and groups of m."""
 
     fixed: float  # weights, optimizer, reduced gradient: whatever the passes are
     per_image: float  # activations
@@ -54,7 +54,7 @@ class Needs:
         return max(int((budget - self.fixed - self.per_group) / self.per_image), 0)
 
     def fitting(self, sizes: Iterable[int], budget: float) -> list[int]:
-        """Those of some images per pass that fit into so many bytes, a margin left."""
+        """Those numbers of images per pass that fit into `budget` bytes with a margin."""
         return [images for images in sizes if self.at(images) <= MARGIN * budget]
 
 

@@ -50,14 +50,14 @@ class OptimConfig:
     # what to descend (optim/combinations.py): robust is SAM, ascent is GSAM; cr takes three passes
     combine: str = limited("robust", ("robust", "ascent", "min_f_h", "weighted", "wsam", "cr"), read_by=PERTURBED)
     rho_max: float = limited(0.0, NOT_NEGATIVE, read_by=PERTURBED)  # radius of the perturbation at the peak lr
-    # radius at the smallest learning rate; who sets a constant radius sets both
+    # radius at the smallest learning rate; for a constant radius set both
     rho_min: float = limited(0.0, NOT_NEGATIVE, read_by=PERTURBED)
     # ascent, min_f_h: alpha; weighted: lambda; wsam, cr: gamma
     alpha: float = limited(0.0, FINITE, read_by=(WEIGHTED, EIGEN | {"optim.eigen_alpha": (None,)}))
     beta: float = limited(0.0, FINITE, read_by=PERTURBED | {"optim.combine": ("cr",)})  # weight of g_p - g_m
-    # the base optimizer takes g; w -= lr (d - g) follows (WSAM's default; not clipped)
+    # the base optimizer takes g, then w -= lr (d - g), which is not clipped (WSAM's default)
     decoupled: bool = limited(False, read_by=PERTURBED)
-    # the method's step every so many steps, clean gradients in between (LookSAM's k)
+    # the method's own step at every n-th step, clean gradients between (LookSAM's k)
     every: int = limited(1, AT_LEAST_ONE, read_by=PERTURBED)
     # weight of the part that clean steps reuse (LookSAM's alpha)
     reuse: float = limited(0.0, FINITE, read_by=PERTURBED | {"optim.every": Range(2)})
@@ -67,19 +67,19 @@ class OptimConfig:
     m: int = limited(64, NOT_NEGATIVE)  # images that share one perturbation: the reference's batch per device (D-01)
     # group: every m images perturb on their own; global: all images of all ranks share one eps
     scope: str = limited("group", ("group", "global"), read_by=PERTURBED)
-    # of older rows: loop is train.chunk=<m>, batched is all groups at once; auto: train.chunk
+    # kept for older rows. loop: train.chunk=<m>; batched: all groups at once; auto: train.chunk decides
     groups: str = limited("auto", ("auto", "loop", "batched"))
     # asam: added to |w|; fisher: weight of the squared gradient in the Fisher matrix
     eta: float = limited(0.0, NOT_NEGATIVE, read_by={"optim.perturb": ("asam", "fisher")})
     # scale by |w| only parameters called weight, as Kwon et al.; else all
     weights_only: bool = limited(False, read_by={"optim.perturb": ("asam",)})
-    # how much of the running mean is taken from g
+    # how much of the running mean is subtracted from g
     sigma: float = limited(1.0, FINITE, read_by={"optim.perturb": ("friendly",)})
     lam: float = limited(0.9, UNIT, read_by={"optim.perturb": ("friendly",)})  # weight of the past in the running mean
     theta: float = limited(0.9, UNIT, read_by={"optim.perturb": ("vasso",)})  # weight of the new gradient in that mean
     k: int = limited(100, AT_LEAST_ONE, read_by=EIGEN)  # steps between estimates of the eigenvector
     p: int = limited(5, AT_LEAST_ONE, read_by=EIGEN)  # power iterations per estimate
-    # weight of the eigenvector; null: alpha, which ascent may want for itself
+    # weight of the eigenvector; null: alpha. Set it if `combine` uses alpha for itself
     eigen_alpha: float | None = limited(None, FINITE, read_by=EIGEN)
     # estimate on m images of the step, on all (batch), or always on the first batch
     eigen_images: str = limited("group", ("group", "batch", "fixed"), read_by=EIGEN)
@@ -118,7 +118,7 @@ class SharpnessConfig:
     # of the training split, classes in turn, centre-cropped; 0: no measurement
     images: int = limited(512, NOT_NEGATIVE)
     every: int = limited(0, NOT_NEGATIVE, read_by=MEASURED)  # steps between measurements; 0: only at the end
-    batch: int = limited(32, POSITIVE, read_by=MEASURED)  # images per pass of each rank: bounds memory, changes nothing
+    batch: int = limited(32, POSITIVE, read_by=MEASURED)  # images per pass of each rank: changes only the memory
 
 
 @dataclass
@@ -200,7 +200,7 @@ class DataConfig:
     label_noise: float = limited(0.0, BELOW_ONE)  # training: the part of labels replaced by another class, uniformly
     train_fraction: float = limited(1.0, PART)  # class-stratified, seeded; the rest is the held-out minival
     backend: str = limited("auto", ("auto", "ffcv", "torch", "memory"))  # memory: decoded once, kept on the device
-    decode: str = limited("auto", ("auto", "cpu"))  # both the processor; gpu was retired (benchmarks/LOADER.md)
+    decode: str = limited("auto", ("auto", "cpu"))  # both decode on the CPU; gpu was removed (benchmarks/LOADER.md)
     workers: int = limited(0, NOT_NEGATIVE)  # decoding threads of this rank; 0: all cores over the ranks, at most 16
     # training crop: area-average instead of plain bilinear
     antialias: bool = limited(False, read_by={"augment.crop": ("inception",)})
@@ -225,15 +225,13 @@ class TrainConfig:
     reduce: str = limited("fp32", ("fp32", "bf16"))  # gradients between ranks; bf16: half the bytes, rounded per step
     deterministic: bool = False  # torch's deterministic algorithms; bitwise only on the CPU
     threads: int = limited(0, NOT_NEGATIVE)  # CPU threads of torch; 0 leaves torch's choice
-    chunk: int | None = limited(
-        None, NOT_NEGATIVE
-    )  # images per pass at most; null or 0: as many as there is memory for
+    chunk: int | None = limited(None, NOT_NEGATIVE)  # most images per pass; null or 0: as many as memory can hold
     memory: str | None = None  # of the device, for this run: GB ("24GB") or a share ("0.5"); null: what is free
-    log_every: int = limited(50, POSITIVE)  # steps between log lines; the only moments the host waits for the device
+    log_every: int = limited(50, POSITIVE)  # steps between log lines; only there the host waits for the device
     eval_every_epochs: float = limited(10, NOT_NEGATIVE)  # 0: only at the end
-    save_every_minutes: float = limited(20, NOT_NEGATIVE)  # besides after every evaluation
+    save_every_minutes: float = limited(20, NOT_NEGATIVE)  # also after every evaluation
     save_every_steps: int = limited(0, NOT_NEGATIVE)  # 0: by minutes only
-    timeout_minutes: float = limited(10, POSITIVE)  # several processes: one without progress for so long ends with all
+    timeout_minutes: float = limited(10, POSITIVE)  # several processes: if one makes no progress for so long, all end
 
 
 @dataclass

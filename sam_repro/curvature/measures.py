@@ -17,8 +17,8 @@ def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
         h = f_p - f,  f_p = f(w + rho g / ||g||)
 
     At a minimum sigma_max ~ 2h / rho^2. Elsewhere 2h / rho^2 = 2||g|| / rho + g'Hg / ||g||^2 + O(rho), so the first
-    term is given on its own: it says nothing about curvature, and only where ||g|| << rho sigma_max may the estimate be
-    read as an eigenvalue.
+    term is given on its own. It says nothing about curvature. The estimate is an eigenvalue only if ||g|| << rho
+    sigma_max.
 
     Args:
         hessian: of the loss; its images and weights are those of f.
@@ -54,7 +54,7 @@ def sharpness(hessian: Hessian, rho: float) -> dict[str, float]:
 
 
 def alignment(eps: Tensor | Sequence[Tensor] | Mapping[str, Tensor], v: Tensor) -> float:
-    """How far a perturbation looks along an eigenvector: `|<eps, v>| / (||eps|| ||v||)`.
+    """How well a perturbation is aligned with an eigenvector: `|<eps, v>| / (||eps|| ||v||)`.
 
     Args:
         eps: a flat vector (n,), or tensors of n numbers in all.

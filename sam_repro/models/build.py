@@ -46,7 +46,7 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
 
     Raises:
         UserError: for a name that timm does not have, arguments that it does not take, another network than the
-            family's, or a size of which the network would not see all pixels.
+            family's, or a size at which the network would not see all pixels.
     """
     kwargs = creation_kwargs(cfg, num_classes=num_classes, image_size=image_size)
     try:
@@ -66,7 +66,7 @@ def build_model(cfg: ModelConfig, *, num_classes: int, image_size: int, loss: st
 
 
 def use_own_layers(model: nn.Module) -> None:
-    """Let layers of timm's compute the same function faster."""
+    """Let timm's layers compute the same function faster."""
     for module in model.modules():
         if type(module) is not nn.Conv2d or module.groups > 1 or module.dilation != (1, 1):
             continue  # a class of its own has a forward of its own, as one that standardises its weights
@@ -94,7 +94,7 @@ def check_family(cfg: ModelConfig, model: nn.Module) -> None:
 
 
 def check_image_size(model: nn.Module, name: str, size: int) -> None:
-    """Refuse images of which the network would not see all pixels, or whose feature map comes to nothing.
+    """Refuse images if the network would not see all their pixels, or if its feature map would be empty.
 
     Runs the network on shapes alone; one that cannot run so is not checked.
     """

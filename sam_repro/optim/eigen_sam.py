@@ -20,7 +20,7 @@ class PowerIteration:
 
     Called with the batch before every step. The first estimate is made at call k (calls count from 0), as in the
     release, which however counts inside an epoch (`per_epoch`; D-29). v goes to the eigenvector of largest |lambda|.
-    The start is drawn from a seed and products are summed over the ranks, so that v is the same on all of them.
+    The first v is drawn from a seed, and products are summed over the ranks. So v is the same on all ranks.
 
     Products are made in float32 (float64 for float64 parameters), TF32 and autocast off, and with the unfused
     attention kernel, since fused attention cannot be differentiated twice. All of this ends with the product.
@@ -36,7 +36,7 @@ class PowerIteration:
         mode, compiled: how a product is made, as Hessian's. One pass of m images keeps its graph for all p products;
             compiled products draw no dropout masks and write no buffers.
         tf32: allow TF32 in products on a GPU, whose relative error is then about 1e-3.
-        m: images a pass; 0 takes all at once.
+        m: images per pass; 0 takes all at once.
         per_epoch: count steps modulo this number; 0 counts all steps.
         seed: of the first v, and of dropout masks in train mode.
         all_reduce, rank, world: as the step's.

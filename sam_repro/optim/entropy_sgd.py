@@ -41,7 +41,7 @@ class EntropySGD(GradientStep):
         momentum: of the walk, Nesterov's.
         noise: standard deviation of the Langevin noise.
         average: of mu.
-        gamma, scoping: strength of the pull to w, and its growth a step.
+        gamma, scoping: strength of the pull to w, and its growth per step.
 
     Raises:
         ValueError: for L < 1, or (when called) if `parts` does not divide the batch.

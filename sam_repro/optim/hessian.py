@@ -115,7 +115,7 @@ class Hessian:
             return self._mean(self._parts(vs), length=self.size)
 
     def loss(self, point: Sequence[Tensor] | None = None) -> Tensor:
-        """The mean loss over the same images in the same arithmetic, at these or other weights (one tensor a name)."""
+        """The mean loss over the same images in the same arithmetic, at these or other weights (a tensor per name)."""
         weights = list(self.params.values()) if point is None else point
         with self._arithmetic(), torch.no_grad():
             parts = (([self._loss(weights, batch)], len(batch[0])) for batch in self.batches)
@@ -145,7 +145,7 @@ class Hessian:
         self.batches, self.graphs = batches, []
 
     def flatten(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
-        """One flat vector of one tensor a parameter, in the order of `params`."""
+        """One flat vector from one tensor per parameter, in the order of `params`."""
         if isinstance(tensors, Mapping):
             tensors = [tensors[name] for name in self.params]
         return torch.cat([t.detach().reshape(-1) for t in tensors])

@@ -12,14 +12,14 @@ from sam_repro.optim.two_pass import GradientStep
 
 
 class LookSAMStep(GradientStep):
-    """LookSAM: the method's own step every k steps, and in between the clean gradient with a part of it reused.
+    """LookSAM: the method's own step every k steps. The steps between reuse a part of its direction.
 
         steps 0, k, 2k, ...:  descend d;  g_v = d - (<d, g> / ||g||^2) g
         other steps:          descend g + reuse (||g|| / ||g_v||) g_v
 
     g and d are means over all groups of all ranks, g_v one vector over all parameters. With reuse = 0 the other steps
-    are the base optimizer's. Any perturbation and combination; LookSAM is sam x robust. Liu et al. 2022, eq. 7 and
-    Algorithm 1. A clean step costs one pass.
+    are the base optimizer's. Any perturbation and combination can be used; LookSAM is sam x robust. A clean step costs
+    one pass. Liu et al. 2022, eq. 7 and Algorithm 1.
 
     Args:
         arguments, keywords: GradientStep's.

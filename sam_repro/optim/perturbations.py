@@ -225,12 +225,12 @@ class Random:
 
 
 class Eigen:
-    """Eigen-SAM's perturbation, from an eigenvector v that somebody else renews (PowerIteration, or EigenSAM).
+    """Eigen-SAM's perturbation, from an eigenvector v that PowerIteration or EigenSAM renews.
 
         g^ = g / (||g|| + 1e-12),  v_perp = v - <v, g^> g^,  eps = rho (g^ + alpha sign(<g, v>) v_perp)
 
-    One inner product over all parameters. The sign makes it the same for v and -v. Before there is a v it is SAM's.
-    Luo et al. 2024, Algorithm 2, as released (RitianLuo/EigenSAM), where nothing is rescaled, so that
+    One inner product over all parameters. Because of the sign, v and -v give the same eps. Before the first v, eps is
+    SAM's. Luo et al. 2024, Algorithm 2, as released (RitianLuo/EigenSAM): nothing is rescaled, so
     ||eps|| = rho sqrt(1 + alpha^2 ||v_perp||^2).
 
     Args:

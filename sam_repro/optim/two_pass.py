@@ -36,17 +36,17 @@ def metrics_of(loss: Tensor, loss_p: Tensor, gg: Tensor, gpgp: Tensor, cosine: T
 class GradientStep:
     """Compute one method's gradient of a batch and leave it in the parameters' .grad.
 
-    The batch of this rank is cut in consecutive groups of `m` images. For each group, from the same weights w:
+    The batch of this rank is cut into consecutive groups of `m` images. For each group, from the same weights w:
 
         g = grad f(w),  eps = perturb(w, g, rho),  g_p = grad f(w + eps),  d = combine(g, g_p)
 
     and the result is the mean of d over all groups of all ranks, reduced once. m = 64 is the reference's batch per
     device, where each device perturbs and decomposes on its own (GSAM's official train.py; D-01). The result
-    depends on the batch and on m, not on how many ranks or passes they were spread over.
+    depends on the batch and on m, but not on the number of ranks or passes.
 
     No pass takes more than `chunk` images. Where that is less than a group, the group's gradient is accumulated over
-    micro-batches: g over all of them, then one perturbation, then g_p. A step for which memory lacks halves `chunk`
-    and starts anew, says so in a sentence, and so do all steps after it.
+    micro-batches: g over all of them, then one perturbation, then g_p. If a step runs out of memory, it halves
+    `chunk`, says so in a sentence and starts again; later steps keep the smaller `chunk`.
 
     Running statistics of BatchNorm see the clean pass only, and are the mean over groups of what each group alone
     would have left: the reference's average over devices. When `stochastic`, both passes draw the same dropout

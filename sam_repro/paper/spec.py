@@ -68,7 +68,7 @@ class Column:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of a table: the runs it wants and what the paper says came out."""
+    """One line of a table: the runs that it needs, and the numbers that the paper prints."""
 
     id: str
     model: str
@@ -95,7 +95,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a study expects to see: judged by sam_repro.paper.claims."""
+    """What a study expects to see. sam_repro.paper.claims judges it."""
 
     text: str
     column: str
@@ -218,7 +218,7 @@ def fits(value: Any, annotation: str) -> bool:
 
 
 def expand_grid(row: TableRow, where: str) -> list[TableRow]:
-    """A row with a grid becomes one row a combination; `<key>=<value>` is added to its id and its overrides."""
+    """A row with a grid becomes one row per combination; `<key>=<value>` is added to its id and its overrides."""
     if not row.grid:
         return [row]
     if row.overrides is None:
@@ -238,7 +238,7 @@ def expand_grid(row: TableRow, where: str) -> list[TableRow]:
 
 
 def check_table(table: Table) -> None:
-    """What the types cannot say."""
+    """Check what the types cannot express."""
     names = [c.name for c in table.columns]
     ids = [row.id for row in table.rows]
     for row in table.rows:

@@ -157,6 +157,6 @@ def excerpt(value: Any) -> str:
 
 
 def seal_of(row: Row) -> str:
-    """SHA-256 of a row without its seal, of its JSON with sorted keys: whoever changes a digit breaks it."""
+    """SHA-256 of a row without its seal, of its JSON with sorted keys. Changing a digit breaks it."""
     content = {key: value for key, value in row.items() if key != "seal"}
     return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())

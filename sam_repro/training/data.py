@@ -34,7 +34,7 @@ class Data:
 
 
 def open_data(cfg: Config, run: Run) -> Data:
-    """Open every loader that the run needs, to its end; they are closed with the run.
+    """Open every loader that the run needs. They are closed with the run.
 
     Raises:
         UserError: for images that are missing, a batch that does not divide, or fewer images than a batch.
@@ -92,7 +92,7 @@ def split_batch(cfg: Config, world: int) -> int:
 
 
 def batches(loader: Loader, step: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of updates `step` ... `total` - 1, starting in the middle of an epoch if need be."""
+    """The batches of updates `step` ... `total` - 1, starting in the middle of an epoch if necessary."""
     while step < total:
         epoch, start = divmod(step, len(loader))
         for batch in loader.epoch(epoch, start):
@@ -103,7 +103,7 @@ def batches(loader: Loader, step: int, total: int) -> Iterator[tuple[Tensor, Ten
 
 
 def augment(cfg: Config, images: Tensor, labels: Tensor, *, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Cutout and mixup of a batch, on the device, where they are asked for.
+    """Apply cutout and mixup to a batch on the device, if configured.
 
     Args:
         images: (B, 3, H, W) uint8, this rank's.

@@ -19,7 +19,7 @@ Logits = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) -> logits (B, c
 
 
 class InParts:
-    """The logits of some images, of fewer at once where memory lacks."""
+    """The logits of some images, with fewer per pass if memory runs out."""
 
     def __init__(self, logits_of: Logits):
         self.logits_of, self.images = logits_of, 0
@@ -86,7 +86,7 @@ def evaluate_sets(
     progress: bool = False,
     before: Callable[[str], object] = lambda part: None,
 ) -> dict[str, dict[str, Any]]:
-    """{set: {"correct", "total"}} for the named sets of data/evalsets.py; c has its details besides.
+    """{set: {"correct", "total"}} for the named sets of data/evalsets.py; c also has its details.
 
     `before` is called with the name of each set, or part of c, on all ranks.
 

@@ -27,7 +27,7 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        """What came before does not count."""
+        """Start counting again."""
         self.last = time.perf_counter()
 
     def lap(self) -> float:
@@ -99,7 +99,7 @@ def fit(cfg: Config, run: Run, data: Data, job: Job, progress: Progress) -> str:
 def log_line(
     cfg: Config, run: Run, data: Data, job: Job, progress: Progress, means: dict[str, float], *, lr: float, rho: float
 ) -> dict[str, Any]:
-    """The record of the steps since the last one. Called on all ranks, which say how long they waited."""
+    """The record of the steps since the last one. Called on all ranks; each reports how long it waited."""
     left, batch = data.total - progress.step, cfg.recipe.batch_size
     return (
         {"step": progress.step, "epoch": progress.step / data.steps_per_epoch, **means, "lr": lr, "rho": rho}
@@ -130,7 +130,7 @@ def first_score(counts: dict[str, dict[str, Any]]) -> float:
 
 
 def measure(cfg: Config, run: Run, data: Data, job: Job, progress: Progress, *, final: bool = False) -> dict[str, Any]:
-    """The sharpness at these weights, logged; empty where none is wanted."""
+    """Measure and log the sharpness at these weights; empty if it is switched off."""
     if job.monitor is None:
         return {}
     if final:
@@ -163,7 +163,7 @@ def evaluate_end(cfg: Config, run: Run, data: Data, job: Job, progress: Progress
 
 
 def pause(run: Run, data: Data, progress: Progress, doing: str) -> None:
-    """After training, where all is saved: leave if a signal came, else show what goes on. A collective."""
+    """After training, when everything is saved: leave if a signal came, else show progress. A collective."""
     if number := run.received():
         run.leave(number, progress.step, data.total)
     run.log.wait(doing)

@@ -30,7 +30,7 @@ class Job:
     monitor: Monitor | None  # of the curvature, where it is wanted
 
     def state_dict(self) -> dict[str, Any]:
-        """Their part of a checkpoint. To be called on all ranks."""
+        """The job's part of a checkpoint. All ranks must call it."""
         return {"model": self.model.state_dict(), "base": self.base.state_dict(), "method": self.step.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

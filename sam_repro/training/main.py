@@ -19,7 +19,7 @@ from sam_repro.training.run import running
 
 
 def main(cfg: Config, overrides: list[str] | None = None, *, process_start: float | None = None) -> ledger.Row:
-    """Train, evaluate and write the ledger row of `cfg`; resume or return the row where there is one.
+    """Train, evaluate and write the ledger row of `cfg`; resume it, or return its row if it has one.
 
     Args:
         overrides: what was typed after train.py, for the row to say how the run is repeated.

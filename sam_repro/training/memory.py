@@ -186,7 +186,7 @@ def measure(
     buffers: dict[str, Tensor],
     device: torch.device,
 ) -> tuple[float, float]:
-    """(bytes whatever the images are, bytes per image) of a forward and backward pass, from two passes."""
+    """(fixed bytes, bytes per image) of a forward and backward pass, from two passes."""
     side, tuned = cfg.data.image_size, torch.backends.cudnn.benchmark
 
     def peak(n: int) -> float:
@@ -243,7 +243,7 @@ def kept_by_autograd(forward: Callable[[], Tensor], leaves: dict[str, Tensor]) -
 
 
 def key_of(cfg: Config, device: torch.device, m: int) -> str:
-    """What a measurement is of: model, method, m, image size, precision, device and versions, in words and a hash."""
+    """The name of a measurement: model, method, m, image size, precision, device and versions, in words and a hash."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     parts = [to_dict(cfg)["model"], cfg.optim.name, m, cfg.data.image_size, cfg.data.num_classes, cfg.recipe.loss]
     parts += [cfg.train.dtype, cfg.train.compile, name, torch.__version__, __version__]
@@ -252,14 +252,14 @@ def key_of(cfg: Config, device: torch.device, m: int) -> str:
 
 
 def memory_file() -> Path:
-    """Beside the compiler's cache, which TORCHINDUCTOR_CACHE_DIR moves."""
+    """The file next to the compiler's cache, which TORCHINDUCTOR_CACHE_DIR moves."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir()) / "sam_repro_memory.json"
 
 
 def recall(key: str) -> dict[str, Any]:
-    """The measurements under this key; none where there is no file that can be read."""
+    """The measurements under this key; empty if no file can be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         measured = json.loads(memory_file().read_text()).get(key, {})
         numbers = [
@@ -272,7 +272,7 @@ def recall(key: str) -> dict[str, Any]:
 
 
 def remember(key: str, measured: dict[str, Any]) -> None:
-    """Keep measurements for the next start; where nothing can be written, do without."""
+    """Keep measurements for the next start, if the file can be written."""
     with contextlib.suppress(OSError):
         path = memory_file()
         try:
@@ -316,7 +316,7 @@ def memory_sentence(step: GradientStep, device: torch.device) -> str:
 
 @contextmanager
 def whole_groups(step: GradientStep) -> Iterator[None]:
-    """Name the largest group that fits, where BatchNorm wants more images in one pass than there is memory for.
+    """Name the largest group that fits, if BatchNorm needs more images in one pass than memory can hold.
 
     Raises:
         OutOfMemory: in place of torch's error.

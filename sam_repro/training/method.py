@@ -79,7 +79,7 @@ def gradient_step(
 
 
 def part_of(o: OptimConfig, local_batch: int) -> int:
-    """Images of this rank that a gradient is taken of: the batch, or what an inner step of Entropy-SGD has of it."""
+    """Images of this rank in one gradient: the batch, or the part that an inner step of Entropy-SGD takes."""
     if o.kind != "entropy_sgd":
         return local_batch
     part, rest = divmod(local_batch, o.inner_parts)
@@ -124,7 +124,7 @@ def power_iteration(
     buffers: dict[str, torch.Tensor],
     extra: dict[str, Any],
 ) -> PowerIteration:
-    """What renews Eigen-SAM's eigenvector; `extra` are options that do not stand in the configuration."""
+    """The power iteration that renews Eigen-SAM's eigenvector. `extra`: options that are not configured."""
     o = cfg.optim
     extra["per_epoch"] *= o.faithful_release
     return PowerIteration(
@@ -135,7 +135,7 @@ def power_iteration(
 
 
 def method_of(cfg: Config) -> dict[str, Any]:
-    """What descends, for any two-pass engine."""
+    """The combination, for any two-pass engine."""
     reduce_dtype = torch.bfloat16 if cfg.train.reduce == "bf16" else None
     return {"combine": cfg.optim.combine, "alpha": cfg.optim.alpha, "reduce_dtype": reduce_dtype}
 

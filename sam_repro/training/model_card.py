@@ -1,4 +1,4 @@
-"""The model card: what somebody who finds the weights needs to load them, to judge them and to make them again."""
+"""The model card: how to load the weights, how good they are, and how to make them again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model_card(row: Row) -> str:
 
 
 def loading_lines(model: dict[str, Any], num_classes: int, image_size: int) -> list[str]:
-    """Python that makes the network and loads the weights; without sam_repro where timm's own function can do it.
+    """Python code that makes the network and loads the weights; it needs sam_repro only if timm cannot do it.
 
     Args:
         model: cfg.model as a dictionary.
@@ -74,7 +74,7 @@ def loading_lines(model: dict[str, Any], num_classes: int, image_size: int) -> l
 
 
 def sharpness_paragraph(row: Row) -> list[str]:
-    """On the curvature that was measured at the end, or nothing."""
+    """A paragraph about the final curvature, or nothing."""
     s = row.get("sharpness", {})
     if "lambda_max" not in s:
         return []

@@ -22,7 +22,7 @@ from sam_repro.training.run import Run, hardware
 
 @dataclass
 class Progress:
-    """How far a run is. These fields and the states of the job are its checkpoint: one more needs a default."""
+    """How far a run is. These fields and the job's states are its checkpoint. A new field needs a default."""
 
     totals: Tensor  # (len(METRICS),): sums over the steps since the last line of the log, on the device
     counted: int = 0  # those steps
@@ -56,7 +56,7 @@ class Progress:
         return dict(zip(METRICS, (self.totals / self.counted).tolist(), strict=True))
 
     def spend(self, seconds: float, *, world: int, first: bool = False) -> None:
-        """The last steps took `seconds`, on `world` processors; `first`: it was the first step of this process."""
+        """Count `seconds` of the last steps, on `world` processors. `first`: with this process's first step."""
         self.seconds += seconds
         self.interval += seconds
         if first:
@@ -64,7 +64,7 @@ class Progress:
         self.hours += seconds * world / 3600 / runs_per_gpu()
 
     def timed(self) -> tuple[float, int]:
-        """Seconds and number of the interval's steps, without the first ones of a process where there are others."""
+        """Seconds and number of the interval's steps; the first step of a process is left out if there are others."""
         if self.counted > self.starts:
             return self.interval - self.starting, self.counted - self.starts
         return self.interval, self.counted

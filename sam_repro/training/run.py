@@ -1,4 +1,4 @@
-"""What a process of a run holds while it trains: ranks, signals, folder, lock, log. All is given back at the end."""
+"""What a process holds while it trains: ranks, signals, folder, lock, log. It gives everything back at the end."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def running(cfg: Config, process_start: float, overrides: list[str]) -> Iterator
 
 
 def leave_trace(run_dir: Path, lock: RunLock, error: Exception) -> None:
-    """Note why the run failed; but a command that was refused before it trained leaves nothing behind."""
+    """Note why the run failed. A command that was refused before training leaves nothing behind."""
     trained = (run_dir / "log.jsonl").exists()
     if trained or not isinstance(error, UserError) or isinstance(error, OutOfMemory):
         failure.note(run_dir, failure.sentence_of(error))
@@ -120,7 +120,7 @@ def leave_trace(run_dir: Path, lock: RunLock, error: Exception) -> None:
 
 
 def open_run(cfg: Config, run_dir: Path, row_path: Path, overrides: list[str]) -> RunLock:
-    """Make the run directory, take its lock, and leave the resolved configuration in it, under how to repeat it."""
+    """Make the run directory, take its lock, and write the resolved configuration, headed by how to repeat the run."""
     try:
         rows = row_path.parent  # needed in days, but it costs nothing to know now
         rows.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def use_bf16(dtype: str, device: torch.device) -> bool:
 
 
 def seed_everything(cfg: Config, ranks: Ranks) -> None:
-    """Equal initial weights on all ranks; deterministic algorithms where asked for."""
+    """Seed everything: equal initial weights on all ranks. Use deterministic algorithms if configured."""
     torch.manual_seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.set_num_threads(cfg.train.threads or THREADS)

@@ -70,7 +70,7 @@ class RunLog:
             self.last_words = time.monotonic()
 
     def wait(self, doing: str) -> None:
-        """Something long goes on: said next to the bar, or on a line now and then."""
+        """Say that something long goes on: next to the bar, or on a line from time to time."""
         if self.file is None:
             return
         if not self.lines:
@@ -98,7 +98,7 @@ class RunLog:
             self.tracker.log(record["step"], metrics_of(record))
 
     def beside_bar(self, words: str) -> None:
-        """What stands behind the bar."""
+        """The text after the bar."""
         with contextlib.suppress(OSError):
             self.bar.set_postfix_str(words)
 

@@ -36,7 +36,7 @@ def restore(before: dict[signal.Signals, Any]) -> None:
 
 
 def ignore_signals() -> None:
-    """Nothing is left to stop: a second signal must not change the exit code of a process that has saved."""
+    """Ignore further signals: a second one must not change the exit code of a process that has saved."""
     for number in STOPS_AND_CTRL_C:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""What a run is in W&B, live or replayed: a name for people, tags to filter by, how it is repeated, how it ended."""
+"""A run in W&B, live or replayed: a readable name, tags to filter by, how to repeat it, how it ended."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def begin(folder: Path, config: dict[str, Any], *, mode: str, project: str = "",
 
 
 def end(run: Any, folder: Path, row: Row | None, *, code: int) -> None:
-    """Send pictures and what W&B's table of runs is sorted by, and mark how the run ended.
+    """Send pictures and the columns of W&B's table of runs, and mark how the run ended.
 
     Args:
         row: of the ledger; None for a run that did not come to its end.

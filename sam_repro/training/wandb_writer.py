@@ -1,4 +1,4 @@
-"""The view of a run in W&B, in a thread of its own: whatever the network does, training neither stops nor waits."""
+"""The view of a run in W&B, in its own thread. Whatever the network does, training neither stops nor waits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Tracker:
         self.say(f"W&B is off: {why}; log.jsonl has everything, and `sam-repro sync {self.run_dir}` sends it later")
 
     def close(self, code: int = 0, row: Row | None = None) -> None:
-        """Let it send the rest, for a while.
+        """Wait for a while until the rest is sent.
 
         Args:
             code: with which the process will exit.
@@ -85,7 +85,7 @@ def start_tracking(run_dir: Path, cfg: Config, say: Callable[[str], object]) -> 
 
 
 def has_key() -> bool:
-    """Whether W&B would let this user in, at the server that its settings name."""
+    """Whether this user has a key for the W&B server of the settings."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     home = Path("~/.netrc").expanduser()

@@ -441,11 +441,11 @@ class GSAM(SharpnessAware):
 
 
 class EigenSAM(SharpnessAware):
-    """Eigen-SAM: SAM's direction turned towards the top eigenvector v of the Hessian, which the loop renews.
+    """Eigen-SAM: SAM's direction turned towards the Hessian's top eigenvector v, which your loop renews.
 
         eps = rho (g^ + 0.2 sign(<g, v>) v_perp),  g^ = g / ||g||,  v_perp = v - <v, g^> g^
 
-    Call `update_eigenvector(loss)` every k steps; before the first call it is SAM. Another weight than 0.2:
+    Call `update_eigenvector(loss)` every k steps; before the first call it is SAM. For another weight than 0.2 pass
     perturb=Eigen(alpha=0.1). `opt.perturb.v` is v, one tensor per parameter.
 
     Source: Luo et al. 2024, Algorithms 1 and 2.
