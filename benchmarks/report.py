@@ -195,8 +195,8 @@ def draw_speed(results: list[Result], stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    blue, sam = METHODS["gsam"], METHODS["sam"]  # ours filled, the peers' in outline
-    colours = dict(zip(PARTIES, (blue, METHODS["gsam_constant"], sam, blue), strict=True))
+    blue, sam = METHODS["gsam"].colour, METHODS["sam"].colour  # ours filled, the peers' in outline
+    colours = dict(zip(PARTIES, (blue, METHODS["gsam_constant"].colour, sam, blue), strict=True))
     models = by_model(results)
     bars = [
         [(party, parties[party]["over_floor"]) for party in PARTIES if "over_floor" in parties.get(party, {})]
@@ -314,8 +314,8 @@ def draw_scaling(results: list[Result], stem: Path) -> list[Path]:
     parties = {(e["method"], e["m"]) for entries in panels.values() for e in entries}
     largest = {method: max(m for other, m in parties if other == method) for method, _ in parties}
     ordered = sorted(parties, key=lambda p: (list(METHODS).index(p[0]), -p[1]))
-    # GSAM with smaller groups in the lighter of its two blues, as in the chart of speeds
-    colours = [(METHODS["gsam_constant" if m < largest[method] else method], (method, m)) for method, m in ordered]
+    # GSAM with smaller groups as GSAM with a constant radius, as in the chart of speeds
+    marks = [(METHODS["gsam_constant" if m < largest[method] else method], (method, m)) for method, m in ordered]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(RC):
@@ -324,10 +324,10 @@ def draw_scaling(results: list[Result], stem: Path) -> list[Path]:
         for ax in axes.flat[len(panels) :]:
             ax.axis("off")
         for ax, ((_, title), entries) in zip(axes.flat, panels.items(), strict=False):
-            for colour, party in colours:
+            for (colour, marker, _), party in marks:
                 points = [e for e in sorted(entries, key=lambda e: e["gpus"]) if (e["method"], e["m"]) == party]
                 gpus = [e["gpus"] for e in points]
-                ax.plot(gpus, [100 * e["efficiency"] for e in points], "o-", color=colour, markersize=4)
+                ax.plot(gpus, [100 * e["efficiency"] for e in points], marker=marker, color=colour, markersize=5.5)
                 ax.plot(gpus, [100 * e["predicted_efficiency"] for e in points], "--", color=colour, linewidth=1)
             ax.set_xscale("log", base=2)
             numbers = sorted({e["gpus"] for e in entries})
@@ -336,10 +336,10 @@ def draw_scaling(results: list[Result], stem: Path) -> list[Path]:
             ax.set_xlabel("GPUs")
         for ax in axes[:, 0]:
             ax.set_ylabel("speed, % of N × one GPU's")
-        for colour, (method, m) in colours:
-            axes.flat[-1].plot([], [], "o-", color=colour, markersize=4, label=NAMES[method] + f", m = {m}")
+        for (colour, marker, _), (method, m) in marks:
+            axes.flat[-1].plot([], [], marker=marker, color=colour, markersize=5.5, label=NAMES[method] + f", m = {m}")
         axes.flat[-1].plot([], [], "--", color=SOFT, linewidth=1, label="predicted")
-        axes.flat[-1].legend(fontsize=7.5)
+        axes.flat[-1].legend(fontsize=9, frameon=False, loc="center left")
         paths = save(figure, stem)
         plt.close(figure)
     return paths

@@ -100,7 +100,8 @@ def draw_codes(results: list[Result], stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"vanilla": METHODS["vanilla"], "one perturbation": METHODS["gsam"], "m = 64": METHODS["gsam_constant"]}
+    methods = {"vanilla": "vanilla", "one perturbation": "gsam", "m = 64": "gsam_constant"}
+    colours = {what: METHODS[method].colour for what, method in methods.items()}
     models = {model: {k: e for k, e in cells.items() if k[0] in colours} for model, cells in models_of(results).items()}
     with matplotlib.rc_context(RC | {"axes.grid.axis": "x"}):
         tallest = max(map(len, models.values()))

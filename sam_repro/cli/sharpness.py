@@ -111,9 +111,9 @@ def draw(what: str, numbers: dict[str, Any], output: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     from sam_repro.cli.sharpness_pictures import DRAW
-    from sam_repro.paper.render.style import RC, save
+    from sam_repro.paper.render.style import CYCLE, RC, save
 
-    with plt.rc_context(RC):  # pyright: ignore
+    with plt.rc_context(RC | {"axes.prop_cycle": CYCLE}):  # pyright: ignore
         figure = plt.figure(figsize=(6.4, 4.0), layout="constrained")
         DRAW[what](figure, numbers)
         written = save(figure, output / what)

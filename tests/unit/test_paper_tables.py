@@ -8,9 +8,12 @@ import json
 import math
 import shlex
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.container import ErrorbarContainer
 from paper_rows import fake_row, write_rows
 
 from sam_repro.cli.main import main
@@ -21,9 +24,9 @@ from sam_repro.paper.ledger_join import JoinedTable, join_table, runs_of
 from sam_repro.paper.outcomes import value_of, winners
 from sam_repro.paper.render.figures import draw, method_key
 from sam_repro.paper.render.report import assemble
-from sam_repro.paper.render.style import METHODS, colours_of, spread
+from sam_repro.paper.render.style import METHODS, Mark, marks_of, spread
 from sam_repro.paper.render.tables import render
-from sam_repro.paper.spec import Column, load_table, parse_table
+from sam_repro.paper.spec import Column, load_table, parse_table, table_names
 from sam_repro.paper.statistics import compare, interval, magnitudes, verdict, wilson
 from sam_repro.records.ledger import row_path, write_row
 from sam_repro.training.results import curves
@@ -234,8 +237,9 @@ def test_a_row_without_abscissa_is_a_level_and_methods_keep_their_colours(tmp_pa
     for row in table.rows:
         write_rows(tmp_path, runs_of(table, row), [250 + 10 * row.id.startswith("vit_b32/gsam")])
     found = join_table(table, tmp_path)
-    colours = colours_of({o.row.series: method_key(o) for o in found})
-    assert colours["SAM by ρ"] == METHODS["sam"] and colours["GSAM by ρ"] == METHODS["gsam"]
+    marks = marks_of({o.row.series: method_key(o) for o in found})
+    colours = {name: mark.colour for name, mark in marks.items()}
+    assert marks["SAM by ρ"] == METHODS["sam"] and marks["GSAM by ρ"] == METHODS["gsam"]
     assert len(set(colours.values())) == 5
     (ax,) = draw(table, found).axes
     levels = [line for line in ax.lines if list(line.get_xdata()) == [0, 1]]
@@ -301,13 +305,38 @@ def test_the_end_of_a_curve_survives_thinning(n: int, tmp_path: Path):
 LEDGER = Path(__file__).resolve().parents[2] / "results" / "runs"
 
 
-@pytest.mark.parametrize(
-    "name", ["study_methods", "study_table1", "study_search", "study_tiny_search", "study_transfer"]
-)
-def test_no_colour_appears_twice_in_a_figure(name: str) -> None:
-    found = join_table(load_table(name), LEDGER)
-    colours = colours_of({o.row.series or o.row.method_id: method_key(o) for o in found})
-    assert len(set(colours.values())) == len(colours)
+COMMITTED = sorted({p.stem for p in (LEDGER.parent / "figures").glob("*.svg")} & {*table_names()})
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_no_two_methods_of_a_panel_look_the_same_in_grey(name: str) -> None:
+    table = load_table(name)
+    for ax in draw(table, join_table(table, LEDGER)).axes:
+        drawn = {c.get_label(): c.lines[0] for c in ax.containers if isinstance(c, ErrorbarContainer)}
+        drawn |= {line.get_label(): line for line in ax.lines if not str(line.get_label()).startswith("_")}
+        marks = {str(n): Mark(to_hex(x.get_color()), x.get_marker(), x.get_linestyle()) for n, x in drawn.items()}  # type: ignore
+        assert marks or ax.texts, "neither a method nor words on why there is none"
+        alike = [pair for pair in combinations(marks, 2) if look_alike(*(marks[method] for method in pair))]
+        assert not alike, f"{ax.get_title(loc='left')}: {alike}"
+
+
+def test_the_marks_of_methods_differ_in_grey() -> None:
+    marks = list(dict.fromkeys(METHODS.values()))
+    assert not [pair for pair in combinations(marks, 2) if look_alike(*pair)]
+    assert look_alike(Mark("#5b6570", "o"), Mark("#0072B2", "o")) and not look_alike(METHODS["sam"], METHODS["gsam"])
+
+
+def look_alike(one: Mark, other: Mark) -> bool:
+    """Whether neither the shape, nor the dash, nor the lightness L* of CIELAB tells two marks apart."""
+    near = abs(lightness(one.colour) - lightness(other.colour)) < 12
+    return one.colour == other.colour or (near and one[1:] == other[1:])
+
+
+def lightness(colour: str) -> float:
+    """L* of CIELAB, 0 to 100, of an sRGB colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
 
 
 def test_a_footnote_is_true_of_every_panel() -> None:

@@ -10,7 +10,7 @@ from sam_repro.config.run_id import UNHASHED_KEYS
 from sam_repro.config.schema import Config
 from sam_repro.paper.outcomes import Outcome
 from sam_repro.paper.render.figures import method_key
-from sam_repro.paper.render.style import colours_of
+from sam_repro.paper.render.style import marks_of
 from sam_repro.paper.render.tables import render
 from sam_repro.paper.spec import Column, Table
 
@@ -53,11 +53,11 @@ def dashboard_of(table: Table, outcomes: list[Outcome], *, entity: str, project:
         {"name": name, "panels": [panel_of(kind, title, y) for kind, title, y in panels]}
         for name, panels in usual.items()
     ]
-    keys, colours = group_keys(outcomes), colours_of({o.row.id: method_key(o) for o in outcomes})
+    keys, marks = group_keys(outcomes), marks_of({o.row.id: method_key(o) for o in outcomes})
     groups = [
         {
             "path": [text_of(settings(o.runs[0].config)[key]) for key in keys],
-            "colour": colours[o.row.id],
+            "colour": marks[o.row.id].colour,
             "runs": [run.run_id for run in o.runs],
         }
         for o in outcomes

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 from sam_repro.errors import UserError
 from sam_repro.paper.outcomes import Cell, Outcome, curve, provenance_of
 from sam_repro.paper.render.style import (
-    DASHES,
     LINE,
+    METHODS,
     RC,
     SOFT,
-    colours_of,
+    Mark,
     label_lines,
     logarithmic,
+    marks_of,
     mathematics,
-)
-from sam_repro.paper.render.style import (
-    METHODS as COLOURED,
 )
 from sam_repro.paper.spec import UNREADABLE, Column, Table
 from sam_repro.paper.statistics import Interval, interval
@@ -72,10 +70,13 @@ def panels_figure(table: Table, outcomes: list[Outcome], n: int) -> tuple[Figure
     """An empty figure of n panels with title and provenance."""
     import matplotlib.pyplot as plt
 
-    inches = max(6.4, 4.1 * n + 0.6)
-    figure, axes = plt.subplots(1, n, figsize=(inches, 3.5), squeeze=False)
-    figure.subplots_adjust(wspace=0.5, top=0.77, bottom=0.2)
-    left = axes[0][0].get_position().x0
+    columns = 2 if n == 4 else min(n, 3)
+    inches = min(9.4, max(6.4, 4.1 * columns + 0.6))  # wider, and letters are too small in a README
+    figure, grid = plt.subplots(-(-n // columns), columns, figsize=(inches, 3.5), squeeze=False)
+    axes = list(grid.flat)
+    for ax in axes[n:]:
+        ax.axis("off")
+    left = axes[0].get_position().x0
     size = min(13, 130 * (0.95 - left) * inches / len(table.title))  # a long title in smaller letters, not a wider page
     figure.text(left, 0.99, table.title, fontsize=size, fontweight="bold", va="top")
     p = provenance_of(outcomes)
@@ -84,9 +85,20 @@ def panels_figure(table: Table, outcomes: list[Outcome], n: int) -> tuple[Figure
     )
     where = [*p.hardware, f"commit {', '.join(p.commits)}"] if p else []
     legend = "\n".join([" · ".join(legend), " · ".join(where)])
-    figure.text(left, 0.04, legend, fontsize=8, color=SOFT, va="top", linespacing=1.5)
+    figure.text(left, 0, legend, fontsize=8, color=SOFT, va="top", linespacing=1.5)
     plt.close(figure)
-    return figure, list(axes[0])
+    return figure, axes[:n]
+
+
+def arrange(
+    figure: Figure, ax: Axes, panel: float, *, above: float = 0.8, below: float = 0.55, **spaces: float
+) -> None:
+    """Set the heights in inches: of a panel, of what stands above all and of what stands below each."""
+    rows = ax.get_subplotspec().get_gridspec().nrows  # pyright: ignore
+    between = below + 0.3
+    height = above + rows * panel + (rows - 1) * between + below
+    figure.set_figheight(height)
+    figure.subplots_adjust(top=1 - above / height, bottom=below / height, hspace=between / panel, **spaces)
 
 
 def bars_words(table: Table, seeds: int) -> str:
@@ -108,8 +120,9 @@ def draw_curves(table: Table, outcomes: list[Outcome]) -> Figure:
     """One panel per metric or evaluation set, one line per row."""
     panels = table.figure.get("panels", [table.columns[0].name, *list(METRICS)[:2]])
     figure, axes = panels_figure(table, outcomes, len(panels))
+    arrange(figure, axes[0], 2.1, above=0.95, wspace=0.5)
     titles = {c.name: c.title for c in table.columns}
-    colours = colours_of({name_of(o): method_key(o) for o in outcomes})
+    marks = marks_of({name_of(o): method_key(o) for o in outcomes})
     for ax, panel in zip(axes, panels, strict=True):
         if panel not in titles and panel not in METRICS:
             raise UserError(f"table {table.name}: '{panel}' is neither a column nor one of {', '.join(METRICS)}")
@@ -125,8 +138,10 @@ def draw_curves(table: Table, outcomes: list[Outcome]) -> Figure:
             if not points:
                 continue
             xs, mids, los, his = zip(*points, strict=True)
-            colour = colours[name_of(o)]
-            ax.plot(xs, mids, color=colour, solid_capstyle="round")
+            colour, marker, dash = marks[name_of(o)]
+            start = 0.1 * list(marks).index(name_of(o)) / len(marks)  # so that shapes of lines that meet stay apart
+            style = {"color": colour, "linestyle": dash, "marker": marker, "markevery": (start, 0.1)}
+            ax.plot(xs, mids, **style, markersize=5, label=name_of(o), solid_capstyle="round")
             ax.fill_between(xs, los, his, color=colour, alpha=0.15, linewidth=0)
             ends.append((xs[-1], mids[-1], o.row.series or o.row.method.split(" (")[0], colour))
             late = len(xs) // 10  # the first steps are a transient that would flatten the rest
@@ -162,14 +177,14 @@ def band(lines: list[dict[int, float]]) -> list[tuple[float, float, float, float
 
 
 def method_key(o: Outcome) -> str:
-    """The method that a row's colour is of: as its id says, or its series, or its runs' optimizer."""
+    """The method that a row's mark is of: as its id says, or its series, or its runs' optimizer."""
     series = o.row.series.split(",")[0].lower().replace("-", "_")
     names = [o.row.method_id, series, *(run.config.optim.name for run in o.runs[:1])]
-    return next((name for name in names if name in COLOURED), o.row.method_id)
+    return next((name for name in names if name in METHODS), o.row.method_id)
 
 
 def name_of(o: Outcome) -> str:
-    """What a row's colour goes by: its series in a figure that has several of a method, else its method."""
+    """What a row's mark goes by: its series in a figure that has several of a method, else its method."""
     return o.row.series or o.row.method_id
 
 
@@ -181,30 +196,29 @@ def draw_sweep(table: Table, outcomes: list[Outcome]) -> Figure:
     models = list(dict.fromkeys(o.row.model for o in outcomes)) if table.figure.get("by_model") else [""]
     panels = [(column, model) for column in columns_of(table) for model in models]
     figure, axes = panels_figure(table, outcomes, len(panels))
-    keys = {o.row.series: method_key(o) for o in outcomes}
-    colours = colours_of(keys)
-    dashes = {name: DASHES[sorted(n for n in keys if keys[n] == keys[name]).index(name) % 4] for name in keys}
-    drawn: dict[str, str] = {}
-    crowded = len(panels) > 1 and max(map(len, keys)) > 12
+    arrange(figure, axes[0], 2.1, wspace=0.5)
+    marks = marks_of({o.row.series: method_key(o) for o in outcomes})
+    drawn: dict[str, Mark] = {}
+    crowded = len(panels) > 1 and max(map(len, marks)) > 12
     for ax, (column, model) in zip(axes, panels, strict=True):
         shown = [o for o in outcomes if model in ("", o.row.model)]
+        shown = [o for o in shown if cell_of(o, column).ours or has_number(o)] or shown  # no empty stretch of an axis
         ax.set_title(f"{model}: {title_of(column)}" if model else title_of(column))
         sweep_axes(ax, table, column, shown)
         xs = [x for o in shown if (x := abscissa(o)) is not None] or [0.0, 1.0]
         ends, left, right = [], min(xs), max(xs)
-        for i, (name, colour) in enumerate(colours.items()):
+        for i, (name, mark) in enumerate(marks.items()):
             line = [o for o in shown if o.row.series == name]
             # On a linear axis bars at the same x stand next to each other.
-            aside = 0.0 if table.figure.get("log_x") else 0.012 * (right - left) * (i - (len(colours) - 1) / 2)
-            end = draw_series(ax, column, line, right, aside, colour=colour, dash=dashes[name])
+            aside = 0.0 if table.figure.get("log_x") else 0.012 * (right - left or 0.2) * (i - (len(marks) - 1) / 2)
+            end = draw_series(ax, column, line, right, aside, name=name, mark=mark)
             if end is not None:
-                ends.append((*end, name, colour))
-                drawn[name] = colour
+                ends.append((*end, name, mark.colour))
+                drawn[name] = mark
         if not ends or not crowded:
             empty_or_labels(ax, ends, shown)
     if crowded:
-        figure.subplots_adjust(top=0.66, wspace=0.2)
-        label_methods(figure, axes[0], list((drawn or colours).items()))
+        label_methods(figure, axes[0], list((drawn or marks).items()), panel=2.1, wspace=0.2)
     return figure
 
 
@@ -224,12 +238,14 @@ def sweep_axes(ax: Axes, table: Table, column: Column, outcomes: list[Outcome]) 
         apart = [x for i, x in enumerate(at) if not i or x > 1.45 * at[i - 1]]  # labels closer than this overlap
         ax.set_xticks(apart, [f"{x:g}" for x in apart], minor=False)
         ax.set_xticks([], minor=True)
-    elif xs := [x for o in outcomes if (x := abscissa(o)) is not None]:
+    elif xs := sorted({x for o in outcomes if (x := abscissa(o)) is not None}):
         ax.set_xlim(*limits(xs))
+        if len(xs) <= 5:
+            ax.set_xticks(xs, [f"{x:g}" for x in xs])
 
 
 def draw_series(
-    ax: Axes, column: Column, line: list[Outcome], right: float, aside: float, *, colour: str, dash: str
+    ax: Axes, column: Column, line: list[Outcome], right: float, aside: float, *, name: str, mark: Mark
 ) -> tuple[float, float] | None:
     """One line with its bars and the paper's values, or a level where rows have no x; returns the end to label.
 
@@ -242,8 +258,8 @@ def draw_series(
     ours = [(x, cell.ours) for x, cell in points if cell.ours is not None]
     if ours:
         xs, means = [x + aside for x, _ in ours], [at.mean for _, at in ours]
-        style = {"color": colour, "marker": "o", "markersize": 5, "elinewidth": 1, "linestyle": dash}
-        ax.errorbar(xs, means, bars([at for _, at in ours]), **style)
+        style = {"color": mark.colour, "marker": mark.marker, "markersize": 5.5, "linestyle": mark.dash}
+        ax.errorbar(xs, means, bars([at for _, at in ours]), elinewidth=1, label=name, **style)
         end = xs[-1], means[-1]
     for x, cell in points:
         if isinstance(cell.printed, (int, float)):
@@ -251,7 +267,8 @@ def draw_series(
     for o in line:  # without an abscissa: a level to compare with
         level = cell_of(o, column).ours
         if abscissa(o) is None and level is not None:
-            ax.axhline(level.mean, color=colour, linestyle="--", linewidth=1.2)
+            style = {"color": mark.colour, "marker": mark.marker, "markersize": 4, "markevery": [0]}
+            ax.axhline(level.mean, linestyle="--", linewidth=1.2, clip_on=False, label=name, **style)
             end = right, level.mean
     return end
 
@@ -266,39 +283,43 @@ def draw_dots(table: Table, outcomes: list[Outcome]) -> Figure:
     one_model = len({o.row.model for o in outcomes}) == 1
     known = [o for o in outcomes if o.ledger or has_number(o)] or outcomes  # no empty lines
     lines = list(dict.fromkeys(o.row.method if one_model else o.row.model for o in known))
-    colours = colours_of({o.row.method_id: method_key(o) for o in known})
-    methods = [] if one_model else list(colours)
+    marks = marks_of({o.row.method_id: method_key(o) for o in known})
+    methods = [] if one_model else list(marks)
     offsets = {
         m: 0.7 * ((i + 0.5) / len(methods) - 0.5) for i, m in enumerate(methods)
     }  # so that intervals do not overlap
-    above, below = (0.7 if one_model else 1.05), 0.65  # inches: the title, the methods' names; ticks, provenance
-    height = max(2.4, above + below + max(0.3, 0.13 * len(methods)) * len(lines))
-    figure.set_figheight(height)
-    figure.subplots_adjust(wspace=0.12, top=1 - above / height, bottom=below / height)
+    panel = max(0.8, max(0.3, 0.15 * len(methods)) * len(lines))
+    if one_model:
+        arrange(figure, axes[0], panel, below=0.32, wspace=0.12)
+    else:
+        key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(known)}
+        label_methods(figure, axes[0], [(key[m], mark) for m, mark in marks.items()], panel, below=0.32, wspace=0.12)
     for ax, column in zip(axes, panels, strict=True):
         ax.set_title(title_of(column))
         if column.magnitude:
             logarithmic(ax, "x")
         ax.grid(axis="y", visible=False)
+        ax.margins(x=0.07)
         ax.hlines(range(len(lines)), 0, 1, transform=ax.get_yaxis_transform(), color=LINE, linewidth=0.6, zorder=0)
         ax.set_ylim(len(lines) - 0.4, -0.6)
-        ax.set_yticks(range(len(lines)), map(mathematics, lines) if ax is axes[0] else [""] * len(lines))
+        ax.set_yticks(
+            range(len(lines)),
+            map(mathematics, lines) if ax.get_position().x0 == axes[0].get_position().x0 else [""] * len(lines),
+        )
         drawn = False
         for o in known:
             y, cell = lines.index(o.row.method if one_model else o.row.model), cell_of(o, column)
-            y, colour = y + offsets.get(o.row.method_id, 0), colours[o.row.method_id]
+            y, (colour, marker, _) = y + offsets.get(o.row.method_id, 0), marks[o.row.method_id]
             if isinstance(cell.printed, (int, float)):
                 ax.plot(cell.printed, y, **PRINTED | {"markeredgecolor": colour})
                 drawn = True
             if cell.ours is not None:
-                ax.errorbar(cell.ours.mean, y, xerr=bars([cell.ours]), color=colour, marker="o", markersize=6)
+                style = {"color": colour, "marker": marker, "markersize": 6.5, "label": o.row.method_id}
+                ax.errorbar(cell.ours.mean, y, xerr=bars([cell.ours]), **style)
                 drawn = True
         if not drawn:
             ax.set_xticks([])
             ax.text(0.5, 0.5, "no value yet", transform=ax.transAxes, ha="center", va="center", color=SOFT)
-    if not one_model:
-        key = {o.row.method_id: o.row.method.split(" (")[0] for o in reversed(known)}
-        label_methods(figure, axes[0], [(key[m], colours[m]) for m in colours if m in key])
     return figure
 
 
@@ -314,18 +335,26 @@ def title_of(column: Column) -> str:
     return mathematics(f"{column.title}, {column.unit}" if column.unit else column.title)
 
 
-def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, str]]) -> None:
-    """Names in their colours under the title, in as many lines as they need."""
-    left, y = ax.get_position().x0, 1 - 0.36 / figure.get_figheight()
-    inches = figure.get_figwidth()
-    x = left
-    for title, colour in key:
-        text = figure.text(x, y, mathematics(title), color=colour, fontweight="bold", va="top")
-        width = text.get_window_extent().width / figure.dpi / inches
+def label_methods(figure: Figure, ax: Axes, key: list[tuple[str, Mark]], panel: float, **room: float) -> None:
+    """Marks and names under the title, in as many lines as they need, and the panels below them."""
+    from matplotlib.lines import Line2D
+
+    left, inches, sample = ax.get_position().x0, figure.get_figwidth(), 0.3
+    texts, line, x = [], 0, left
+    for title, mark in key:
+        text = figure.text(0, 0, mathematics(title), color=mark.colour, fontweight="bold", va="center")
+        width = (sample + 0.08) / inches + text.get_window_extent().width / figure.dpi / inches
         if x + width > 0.98 and x > left:
-            x, y = left, y - 0.19 / figure.get_figheight()
-            text.set_position((x, y))
+            x, line = left, line + 1
+        texts.append((text, mark, x, line))
         x += width + 0.2 / inches
+    arrange(figure, ax, panel, above=1.0 + 0.2 * line, **room)
+    for text, (colour, marker, dash), x, line in texts:
+        y = 1 - (0.42 + 0.2 * line) / figure.get_figheight()
+        text.set_position((x + (sample + 0.08) / inches, y))
+        style = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 6, "linewidth": 1.6}
+        xs = [x, x + sample / 2 / inches, x + sample / inches]
+        figure.add_artist(Line2D(xs, [y] * 3, markevery=[1], transform=figure.transFigure, **style))
 
 
 PRINTED = {"marker": "D", "markersize": 6, "markerfacecolor": "none", "markeredgecolor": SOFT, "linestyle": "none"}

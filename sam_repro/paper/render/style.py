@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,25 +15,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, SOFT, LINE = "#1b1f24", "#5b6570", "#d9dee3"
-# A method keeps its colour in every figure, relatives are shades of one hue; what is not here takes PALETTE in turn.
+
+
+class Mark(NamedTuple):
+    """How a method or a series is drawn."""
+
+    colour: str
+    marker: str
+    dash: str = "-"
+
+
+# A method keeps its mark in every figure: relatives are shades of one hue, and no two share a shape, for grey paper.
 METHODS = {
-    "vanilla": "#5b6570",
-    "vanilla2x": "#a3adb7",
-    "vanilla600": "#a3adb7",
-    "sam": "#E69F00",
-    "gsam": "#0072B2",
-    "gsam_constant": "#56B4E9",
-    "eigen_sam": "#009E73",
-    "eigen_ascent": "#00573f",
-    "asam": "#CC79A7",
-    "asam_ascent": "#8a3a68",
-    "min_f_h": "#D55E00",
-    "weighted": "#8c5a2b",
-    "entropy_sgd": "#6a51a3",
-    "random": "#b8a000",
+    "vanilla": Mark("#5b6570", "o"),
+    "vanilla2x": Mark("#a3adb7", "<"),
+    "vanilla600": Mark("#a3adb7", "<"),
+    "sam": Mark("#E69F00", "s"),
+    "gsam": Mark("#0072B2", "^"),
+    "gsam_constant": Mark("#56B4E9", "v"),
+    "eigen_sam": Mark("#009E73", "P"),
+    "eigen_ascent": Mark("#00573f", "X"),
+    "asam": Mark("#CC79A7", "*"),
+    "asam_ascent": Mark("#8a3a68", ">"),
+    "min_f_h": Mark("#D55E00", "p"),
+    "weighted": Mark("#8c5a2b", "h"),
+    "entropy_sgd": Mark("#6a51a3", "d"),
+    "random": Mark("#b8a000", "8"),
 }
+# What is not above takes a colour of these in turn, and a shape that no other has in its figure.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#6a51a3", "#8c5a2b", "#5b6570")
-DASHES = ("-", "--", ":", "-.")  # of the lines that are shades of one colour
+DASHES = ("-", "--", ":", "-.")  # of the series of one method, which are shades of its colour
+CYCLE = f"cycler(color={list(PALETTE[:8])}, linestyle={list(2 * DASHES)})"  # of lines that are of no method
 # Symbols as they stand in tables: as mathematics.
 MATHEMATICS = {
     "|λ_max|": r"$|\lambda_{\max}|$",
@@ -71,21 +83,24 @@ RC = {
 }
 
 
-def colours_of(keys: dict[str, str]) -> dict[str, str]:
-    """{name: colour} for {name: method}: the method's colour, its shades where several names are of it.
+def marks_of(keys: dict[str, str]) -> dict[str, Mark]:
+    """{name: mark} for {name: method}: the method's mark; several names of one method differ in shade and dash.
 
-    A method without a colour takes the next of the palette that no other has here, so no colour appears twice.
+    A method without a mark takes the next colour and the next shape that no other has here, so none appears twice.
     """
     methods = list(dict.fromkeys(keys.values()))
     own = {m: METHODS[m] for m in methods if m in METHODS}
-    free = [c for c in PALETTE if c not in own.values()] or list(PALETTE)
+    colours = [c for c in PALETTE if c not in {mark.colour for mark in own.values()}] or PALETTE
+    markers = dict.fromkeys(mark.marker for mark in METHODS.values())
+    free = [m for m in markers if m not in {mark.marker for mark in own.values()}] or list(markers)
     others = [m for m in methods if m not in own]
-    own |= {m: free[i % len(free)] for i, m in enumerate(others)}
-    colours = {}
+    own |= {m: Mark(colours[i % len(colours)], free[i % len(free)]) for i, m in enumerate(others)}
+    marks = {}
     for m in methods:
         names = [name for name, key in keys.items() if key == m]
-        colours |= dict(zip(names, shades(own[m], len(names)), strict=True))
-    return colours
+        for i, (name, colour) in enumerate(zip(names, shades(own[m].colour, len(names)), strict=True)):
+            marks[name] = Mark(colour, own[m].marker, DASHES[i % len(DASHES)])
+    return {name: marks[name] for name in keys}
 
 
 def shades(colour: str, n: int) -> list[str]:
@@ -127,22 +142,25 @@ def logarithmic(ax: Axes, which: str) -> None:
     """A logarithmic x or y axis with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
+    class Major(LogLocator):
+        """1, 2 and 5 times powers of ten; over two decades and more these powers only, which are what is labelled."""
+
+        def tick_values(self, vmin: float, vmax: float) -> list[float]:
+            ticks = super().tick_values(vmin, vmax)
+            return [t for t in ticks if vmax < 200 * vmin or math.log10(t).is_integer()]
+
     ax.set(**{f"{which}scale": "log"})
     axis = ax.xaxis if which == "x" else ax.yaxis
 
     def plain(value: float) -> str:
         return f"{value:,.0f}" if value >= 2 else f"{value:g}"
 
-    def major(value: float, _: int) -> str:
-        low, high = axis.get_view_interval()
-        return plain(value) if high < 200 * low or math.log10(value).is_integer() else ""
-
     def between(value: float, _: int) -> str:
         low, high = axis.get_view_interval()
         return plain(value) if high < 5 * low else ""
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axis.set_major_formatter(FuncFormatter(major))
+    axis.set_major_locator(Major(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axis.set_minor_locator(LogLocator(subs=(1.5, 3, 7), numticks=8))
     axis.set_minor_formatter(FuncFormatter(between))
 

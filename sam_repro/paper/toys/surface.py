@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam_repro.paper.render.style import colours_of
+from sam_repro.paper.render.style import marks_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,10 +95,11 @@ def draw_toy(ax: Axes, paths: dict[str, Path]) -> None:
     """The surface, its minima and the trajectories."""
     x, y = np.meshgrid(np.linspace(-1, 4, 200), np.linspace(-1.3, 1.1, 120))
     ax.contour(x, y, surface(np.stack([x, y], -1)), levels=24, linewidths=0.6, cmap="Greys")
-    for (name, path), colour in zip(paths.items(), colours_of({name: name for name in paths}).values(), strict=True):
+    for name, (colour, marker, dash) in marks_of({name: name for name in paths}).items():
+        path, style = paths[name], {"color": colour, "marker": marker, "markersize": 5}
         label = f"{METHODS[name]}: {path.end}, top eigenvalue {path.top:.2f}"
-        ax.plot(*path.points.T, color=colour, label=label)
-        ax.plot(*path.points[-1], color=colour, marker="o", markersize=5)
+        ax.plot(*path.points.T, linestyle=dash, markevery=0.05, label=label, **style)
+        ax.plot(*path.points[-1], **style)
     ax.scatter(*np.vstack([SHARP, FLAT]).T, marker="x", color="#1b1f24", s=18, zorder=5)
     ax.legend(frameon=False, loc="upper left")
     ax.set_aspect("equal")
