@@ -189,9 +189,9 @@ def test_ascent_never_turns_against_the_robust_gradient(rho, alpha, n):
         (lambda: gradient_of(W, H, perturb="sideways"), "unknown perturbation 'sideways'"),
         (lambda: gradient_of(W, H, combine="sideways"), "unknown combination 'sideways'.*cr"),
         (lambda: Eigen(renormalise="half"), "unknown renormalisation 'half'"),
-        (lambda: LookSAMStep(quadratic, {"w": W}, perturb="sam", every=0), "every 0 steps; at least 1"),
+        (lambda: LookSAMStep(quadratic, {"w": W}, perturb="sam", every=0), "every=0 must be at least 1"),
         (lambda: LookSAMStep(quadratic, {"w": W}, perturb="sam", decoupled=True), "decoupled method cannot be reused"),
-        (lambda: EntropySGD(quadratic, {"w": W}, steps=0), "both at least 1"),
+        (lambda: EntropySGD(quadratic, {"w": W}, steps=0), "both must be at least 1"),
         (lambda: EntropySGD(quadratic, {"w": W}, parts=3)(torch.ones(4, 2)), "3 parts do not divide"),
     ],
 )
