@@ -60,10 +60,11 @@ def test_an_epoch_shows_every_image_once(quiet):
         assert len(seen) == len(set(seen)) == 32 * per_epoch
 
 
-def test_killed_at_twenty_random_moments(quiet, tmp_path):
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(quiet, tmp_path, times):
     """In a step, a save, an evaluation, before a rename, before the ledger row, and by the clock."""
     draw = random.Random(6)
-    faults = [f"{moment} {draw.randint(1, n)}" for moment, n in MOMENTS.items() for _ in range(2)] + [BY_THE_CLOCK]
+    faults = [f"{moment} {draw.randint(1, n)}" for moment, n in MOMENTS.items() for _ in range(times)] + [BY_THE_CLOCK]
     draw.shuffle(faults)
     for fault in [*faults, *AT_THE_END]:
         code, output = attempt(tmp_path, fault=fault, after=0 if fault else draw.uniform(0.5, 1.5))
