@@ -218,27 +218,27 @@ def test_what_only_hydra_can_read_is_left_to_it(word):
     assert compose_files([word]) is None and compose_config([word]) == compose_with_hydra([word])
 
 
-STORED = [json.loads(path.read_text()) for path in (ROOT / "results" / "runs").glob("*.json")]
+ROWS = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "runs").glob("*.json"))]
+STORED = list({json.dumps([{**row["config"], "seed": 0}, len(row["overrides"])]): row for row in ROWS}.values())
 
 
 def test_stored_configurations_keep_their_names():
-    """Whatever field is added: a row's own configuration still has the name that the row has.
+    """Whatever field is added: a row's own configuration still has the name that the row has. One of those per seed.
 
-    Except nine of the first demo, made when eigen_images had another default.
+    Except those of the first demo, made when eigen_images had another default.
     """
     rows = [row for row in STORED if row["config"]["optim"]["eigen_images"] != "batch"]
-    assert len(rows) >= len(STORED) - 9 > 100
+    assert len(rows) >= len(STORED) - 3 > 100
     for row in rows:
         assert run_id(typed(OmegaConf.merge(OmegaConf.structured(Config), row["config"]))) == row["run_id"]
 
 
 def test_the_words_of_stored_runs_still_name_them():
-    """Except those of experiment=demo, whose files were tuned after some of its rows."""
-    rows = [row for row in STORED if "experiment=demo" not in row["overrides"]]
-    assert len(rows) > 100
-    assert [row["run_id"] for row in rows] == [run_id(compose_config(row["overrides"])) for row in rows]
-    for row in STORED:
-        compose_config(row["overrides"])
+    """Except those of experiment=demo, whose files were tuned after some of its rows: they compose."""
+    names = {row["run_id"]: run_id(compose_config(row["overrides"])) for row in STORED}
+    other = {row["run_id"] for row in STORED if "experiment=demo" in row["overrides"]}
+    assert len(names) > len(other) + 90
+    assert {name for name, now in names.items() if name != now} <= other
 
 
 def test_base_files_are_no_choice():
