@@ -11,6 +11,8 @@ gradient of the input stay one large product, and only the weights' gradients ar
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,13 @@ from torch._functorch import config as functorch_config
 # GroupProduct is pure, and its body part of the key of a cache. By default code with such a function is not cached.
 if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):  # not in torch 2.6
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
+
+TRIED = frozenset(os.environ.get("SAM_REPRO_TRY", "").split())  # layers/candidates.py has their names
+
+
+def tried(name: str) -> bool:
+    """Whether a candidate is tried that is not yet measured."""
+    return name in TRIED
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,7 +69,16 @@ class GroupProduct(torch.autograd.Function):
         grouped = rows(dy, weight)
         dw = torch.bmm(grouped.transpose(1, 2), rows(x, weight))
         dx = dy @ weight[0] if shared(weight) else torch.bmm(grouped, weight).reshape(x.shape)
-        return dx, dw, grouped.sum(1) if ctx.has_bias else None
+        return dx, dw, column_sums(grouped) if ctx.has_bias else None
+
+
+def column_sums(grouped: Tensor) -> Tensor:
+    """(G, rows, D) -> (G, D)."""
+    if tried("sums") and grouped.shape[1] % 8 == 0:  # eight rows of ones, so that tensor cores take it
+        return torch.bmm(grouped.new_ones(1, 8, grouped.shape[1]).expand(len(grouped), -1, -1), grouped)[
+            :, 0
+        ].contiguous()
+    return grouped.sum(1)
 
 
 def shared(weight: Tensor) -> bool:
@@ -102,8 +120,11 @@ def accept_groups(model: nn.Module, handled: tuple[type[nn.Module], ...] = ()) -
         the names of loose parameters, direct children such as position embeddings, that `spread_loose` must hand over
         image by image; None if the model has parameters in layers that cannot take groups.
     """
+    from sam_repro.models.layers.candidates import use_candidates  # which is made of this module's
+
     loose = set()
     for prefix, module in model.named_modules():
+        use_candidates(module)
         if type(module) is nn.Linear:
             module.__class__ = GroupedLinear
         elif is_layer_norm(module):

@@ -1,4 +1,4 @@
-"""The Triton kernels of this package: attention with one program a head of an image, and max pooling."""
+"""The Triton kernels of this package: attention with one program per head of an image, max pooling, GELU's backward."""
 
 from __future__ import annotations
 
@@ -133,3 +133,42 @@ def pool_backward(dy: Tensor, index: Tensor, height: int, width: int) -> Tensor:
     grid = (b * height, triton.cdiv(width, 32))
     _pool_backward[grid](dy, index, dx, height, width, *dy.shape[2:], C=c, W=32)
     return dx
+
+
+@triton.jit
+def _bias_gelu_backward(
+    dy, h, bias, dh, parts, rows, N,
+    TANH: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    part, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * W + tl.arange(0, W)
+    inside = column < N
+    b = tl.load(bias + group * N + column, inside, other=0.0).to(tl.float32)
+    total = tl.zeros([W], tl.float32)
+    for first in range(0, ROWS, R):
+        row = part * ROWS + first + tl.arange(0, R)
+        mask = (row < rows)[:, None] & inside[None, :]
+        where = (group * rows + row)[:, None] * N + column[None, :]
+        x = tl.load(h + where, mask, other=0.0).to(tl.float32) + b[None, :]
+        d = tl.load(dy + where, mask, other=0.0).to(tl.float32)
+        if TANH:
+            k: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
+            t = 1 - 2 / (1 + tl.exp(2 * k * (x + 0.044715 * x * x * x)))
+            slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 0.134145 * x * x)
+        else:
+            slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        d *= slope
+        tl.store(dh + where, d.to(dh.dtype.element_ty), mask)
+        total += tl.sum(d, 0)
+    tl.store(parts + (group * tl.num_programs(0) + part) * N + column, total, inside)
+
+
+def bias_gelu_backward(dy: Tensor, h: Tensor, bias: Tensor, tanh: bool, rows: int) -> tuple[Tensor, Tensor]:
+    """From dy of gelu(h + bias): dh, and the bias gradient of every `rows` rows of a group, (G, parts, N) fp32."""
+    groups, n = bias.shape
+    of_group = h.numel() // (groups * n)
+    dh, count = torch.empty_like(h), triton.cdiv(of_group, rows)
+    parts = h.new_empty(groups, count, n, dtype=torch.float32)
+    grid = (count, triton.cdiv(n, 128), groups)
+    _bias_gelu_backward[grid](dy, h, bias, dh, parts, of_group, n, TANH=tanh, ROWS=rows, R=32, W=128)
+    return dh, parts
