@@ -6,7 +6,7 @@ A candidate whose gain is measured becomes the layer; one that gains nothing is 
 benchmarks/NOTES.md.
 
     gelu      a group's bias is added in front of GELU, and one kernel makes GELU's backward and the bias gradient
-    sums      bias gradients of groups as a product with ones
+    sums      bias gradients of groups in two steps, so that more programs share the rows (grouped.py)
     tokens    a Mixer multiplies its tokens as they lie in memory, image by image, and transposes nothing
 """
 
@@ -169,6 +169,6 @@ def use_candidates(module: nn.Module) -> None:
     """Give one layer the candidate's class, where it is tried and computes the same function."""
     if tried("gelu") and type(module) is Mlp and is_plain(module):
         module.__class__ = GroupedMlp
-    if tried("tokens") and type(module) is MixerBlock and isinstance(module.drop_path, nn.Identity):
-        if is_plain(module.mlp_tokens):
-            module.__class__ = UntransposedMixerBlock
+    block = type(module) is MixerBlock and isinstance(module.drop_path, nn.Identity) and is_plain(module.mlp_tokens)
+    if tried("tokens") and block:
+        module.__class__ = UntransposedMixerBlock

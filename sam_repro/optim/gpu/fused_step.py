@@ -14,13 +14,20 @@ A batch goes through the network in chunks, one after the other, each a replay o
 * or a micro-batch of a group: the graph ends in a sum of gradients, and norm, perturbation and combination are graphs
   of their own, replayed once per group.
 A last chunk that is smaller than the others has a graph of its own. All graphs share one pool of memory.
+
+With SAM_REPRO_LANES=2, chunks of whole groups go through the network two at a time, on two streams within one graph:
+one fills the processors that the other leaves idle at the end of a kernel. Not measured; the plan of memory knows of
+one.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +39,7 @@ from sam_repro.optim.memory import cut
 from sam_repro.optim.perturbations import STABILITY, Tensors, group_seed, sam
 from sam_repro.optim.two_pass import GradientStep, metrics_of
 
+LANES = int(os.environ.get("SAM_REPRO_LANES", "1"))  # chunks at once
 WARMUP = 3  # calls before capture: compilation, autotuning, workspaces
 
 
@@ -55,6 +63,7 @@ class Chunk:
         add: to what the flat buffer holds; not where the batch is a single chunk.
         inputs: images, labels, ...: static memory.
         clean, perturbed: leaves at w and at w + eps, with a leading dimension of groups if there are several.
+        work: see there.
     """
 
     groups: int
@@ -64,6 +73,8 @@ class Chunk:
     inputs: list[Tensor]
     clean: Tensors
     perturbed: Tensors
+    work: list[dict[str, Tensor]]  # running statistics of either pass
+    twins: list[Chunk] = field(init=False, default_factory=list)  # for chunks that go with this one, a lane each
     loss: Tensor = field(init=False)  # of the clean pass, and its gradient and ||g||^2 per group
     g: Tensors = field(init=False, default_factory=list)
     gg: Tensor = field(init=False)
@@ -132,7 +143,8 @@ class FusedStep(GradientStep):
         if compile:
             logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)  # a line a batched product
             self.objective = torch.compile(self.objective, dynamic=False)
-        self.work = [{n: b.clone() for n, b in self.buffers.items()} for _ in range(2)]  # statistics of either pass
+        self.lanes = LANES if self.inline and self.perturb is not None and not self.keep_clean else 1
+        self.sides = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(self.lanes - 1)]
         self.chunks: dict[int, Chunk] = {}  # by their images; 0: a group that is cut in others
         self.losses = torch.zeros(2, device=device)  # of such a group, in either pass
         self.size, self.pool = 0, None  # of the batch; of all graphs
@@ -163,7 +175,8 @@ class FusedStep(GradientStep):
         ]
         if not self.chunks:
             self._allocate([part for parts, _ in work for part in parts], images, m)
-            self._warm_up(lambda: self._sweep([(shapes(parts), seed) for parts, seed in (work[0], work[-1])], rho))
+            some = [(shapes(parts), seed) for parts, seed in (*work[: self.lanes], work[-1])]
+            self._warm_up(lambda: self._sweep(some, rho))
         if images < self.size or self.keep_clean:
             self.flat.zero_()
         return self._sweep(work, rho), groups
@@ -175,19 +188,24 @@ class FusedStep(GradientStep):
             work: (one chunk of whole groups, or the micro-batches of one group; seed of the first group).
         """
         totals = {name: torch.zeros_like(b) for name, b in self.buffers.items()}
-        for parts, seed in work:
+        for (parts, seed), *more in bundles(work, 1 if 0 in self.chunks else self.lanes):
             if 0 in self.chunks:
                 self._group_in_parts(parts, rho, seed)
                 continue
             chunk = self.chunks[len(parts[0][0])].load(parts[0])
-            self._each(torch._foreach_copy_, self.work[0], self.buffers)
-            if self.inline:
+            chunks = [chunk, *(twin.load(p[0]) for twin, (p, _) in zip(chunk.twins, more, strict=False))]
+            for each in chunks:
+                self._each(torch._foreach_copy_, each.work[0], self.buffers)
+            if more:
+                self._run(chunk, f"step of {len(chunks)}", lambda _, chunks=chunks: self._together(chunks))
+            elif self.inline:
                 self._run(chunk, "step", self._whole)
             else:
                 self._run(chunk, "clean", self._clean)
                 self._perturb_eagerly(chunk, rho, seed)
                 self._run(chunk, "robust", self._robust)
-            self._each(torch._foreach_add_, totals, self.work[0])
+            for each in chunks:
+                self._each(torch._foreach_add_, totals, each.work[0])
         return totals
 
     def _group_in_parts(self, parts: list[tuple], rho: float, seed: int) -> None:
@@ -208,12 +226,16 @@ class FusedStep(GradientStep):
     def _allocate(self, parts: list[tuple], images: int, m: int) -> None:
         """Chunks for all parts, with static memory: before anything is freed that it could break up."""
         robust = self.perturb is not None
-        memory = [  # of the perturbed leaves of the largest chunk
-            torch.empty(max(images // m, 1) * w.numel(), dtype=d, device=w.device)
-            for w, d in zip(self.weights if robust else [], self.dtypes, strict=False)
+        memory, *others = [  # of the perturbed leaves of the largest chunk, in each lane
+            [
+                torch.empty(max(images // m, 1) * w.numel(), dtype=d, device=w.device)
+                for w, d in zip(self.weights if robust else [], self.dtypes, strict=False)
+            ]
+            for _ in range(self.lanes if images >= m else 1)
         ]
         for part in shapes(parts):
-            self.chunks[len(part[0])] = self._chunk(part, memory, m)
+            self.chunks[len(part[0])] = chunk = self._chunk(part, memory, m)
+            chunk.twins = [self._chunk(part, other, m) for other in others]
         if images < m:
             self.chunks[0] = group = self._chunk((), memory, m)
             group.g = [torch.zeros_like(w) for w in self.weights]
@@ -236,6 +258,7 @@ class FusedStep(GradientStep):
             inputs=[torch.empty_like(t) for t in part],
             clean=[w.expand(*lead, *w.shape) for w in self.clean],
             perturbed=perturbed,
+            work=[{n: b.clone() for n, b in self.buffers.items()} for _ in range(2)],
         )
 
     def _forget(self) -> None:
@@ -296,14 +319,30 @@ class FusedStep(GradientStep):
             self._robust(chunk)
         chunk.g, chunk.g_p = [], []  # hold no gradients longer than the step does
 
+    def _together(self, chunks: list[Chunk]) -> None:
+        """Some chunks side by side, each on a stream of its own; into the flat buffer one after the other."""
+        sides: list[Any] = self.sides[: len(chunks) - 1]
+        here = torch.cuda.current_stream() if sides[0] else None
+        for side in filter(None, sides):
+            side.wait_stream(here)
+        for chunk, side in zip(chunks, [None, *sides], strict=True):
+            with torch.cuda.stream(side):  # None is the stream that we are on
+                self._clean(chunk)
+                chunk.loss_p, chunk.g_p = self._differentiate(chunk, chunk.perturbed, chunk.work[1])
+        for side in filter(None, sides):
+            here.wait_stream(side)  # pyright: ignore[reportOptionalMemberAccess]
+        for chunk in chunks:
+            self._direction(chunk)
+            chunk.g, chunk.g_p = [], []
+
     def _clean(self, chunk: Chunk) -> None:
         """The pass at w, and w + eps where a kernel makes it."""
-        chunk.loss, chunk.g = self._differentiate(chunk, chunk.clean, self.work[0])
+        chunk.loss, chunk.g = self._differentiate(chunk, chunk.clean, chunk.work[0])
         self._finish_clean(chunk)
 
     def _robust(self, chunk: Chunk) -> None:
         """The pass at w + eps, and the direction into the flat buffer."""
-        chunk.loss_p, chunk.g_p = self._differentiate(chunk, chunk.perturbed, self.work[1])
+        chunk.loss_p, chunk.g_p = self._differentiate(chunk, chunk.perturbed, chunk.work[1])
         self._direction(chunk)
 
     def _add_clean(self, chunk: Chunk) -> None:
@@ -395,6 +434,13 @@ class FusedStep(GradientStep):
         total = loss * chunk.groups  # the sum over groups of their mean losses
         grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         return loss.detach(), [laid_out(g, w) for g, w in zip(grads, self.weights, strict=True)]
+
+
+def bundles(work: list[tuple[list[tuple], int]], most: int) -> Iterator[list[tuple[list[tuple], int]]]:
+    """Neighbours of equal size, in at most so many at once."""
+    for _, same in itertools.groupby(work, lambda one: len(one[0][0][0])):
+        while some := list(itertools.islice(same, most)):
+            yield some
 
 
 def shapes(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
