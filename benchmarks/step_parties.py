@@ -93,6 +93,10 @@ class Bench:
 
     def engine(self, *overrides: str, passes: int = 1) -> Party:
         """This project's engine; `passes` > 1 repeats the gradient before the one base-optimizer step."""
+        return self.engine_and_gradient(*overrides, passes=passes)[0]
+
+    def engine_and_gradient(self, *overrides: str, passes: int = 1) -> tuple[Party, torch.Tensor]:
+        """The same, and the flat buffer that holds the gradient after a call."""
         cfg = self.config(*overrides)
         model = self.model(cfg)
         base = self.base(cfg, model)
@@ -103,7 +107,7 @@ class Bench:
                 step(self.images, self.labels, rho=0.1)
             base.step()
 
-        return run
+        return run, step.flat
 
     def davda54(self) -> Party:
         from sam import SAM  # pyright: ignore[reportMissingImports]
