@@ -1,13 +1,13 @@
 """What each faster layer that is being tried is worth: beside the default and the floor, in turns, in one process.
 
-    python benchmarks/candidates.py --models vit_b32 vit_s16 mixer_b32 resnet50 --output results/benchmarks/<gpu>-candidates.json
-    python benchmarks/candidates.py --device cpu --models mixer_s32 --size 64 --batch 8 --m 4 --steps 1 --rounds 1   # does it start?
+    python benchmarks/candidates.py --models vit_b32 mixer_b32 --output results/benchmarks/<gpu>-candidates.json
+    python benchmarks/candidates.py --device cpu --models mixer_s32 --size 64 --batch 8 --m 4    # does it start?
 
 The step is GSAM's with groups of `--m` images. A candidate is a word or several joined by +: those of SAM_REPRO_TRY
-(sam_repro/models/layers/candidates.py), `loop` for optim.groups=loop, and `lanes2` for SAM_REPRO_LANES=2. Floor, default
-and candidate stay in memory together and are timed in turns, `--rounds` rounds of `--steps` steps; then the next
-candidate takes the place of the last. The file is written after each, and --resume goes on with it. `difference` is how
-far the fourth step's gradient is from the default's, relative to that: rounding in bf16 alone makes it some percent.
+(sam_repro/models/layers/candidates.py), `loop` for optim.groups=loop, and `lanes2` for SAM_REPRO_LANES=2. Floor,
+default and candidate stay in memory together and are timed in turns, `--rounds` rounds of `--steps` steps; then the
+next candidate takes the place of the last. The file is written after each, and --resume goes on with it. `difference`
+is how far the fourth step's gradient is from the default's, relative to that: rounding in bf16 makes it some percent.
 """
 
 from __future__ import annotations
@@ -112,12 +112,16 @@ def bench_model(name: str, args: argparse.Namespace, rows: list[dict], save) -> 
                 continue
             rows.append(row := compare(bench, candidate, floor, default, args))
             save()
-            ms = ", ".join(f"{who} {1e3 * statistics.median(each):.2f} ms" for who, each in row["rounds"].items())
-            print(
-                f"{name:10} {candidate:20} x {row['over_default']:.3f} of the default, {row['default_over_floor']:.3f} ->"
-                f" {row['over_floor']:.3f} floors; {ms}; gradient differs by {row['difference']:.1e}",
-                flush=True,
-            )
+            print(told(row), flush=True)
+
+
+def told(row: dict) -> str:
+    """A row for the person watching."""
+    ms = ", ".join(f"{who} {1e3 * statistics.median(each):.2f} ms" for who, each in row["rounds"].items())
+    ratios = (
+        f"{row['over_default']:.3f} of the default, {row['default_over_floor']:.3f} -> {row['over_floor']:.3f} floors"
+    )
+    return f"{row['model']:10} {row['candidate']:20} {ratios}; {ms}; gradient differs by {row['difference']:.1e}"
 
 
 def main() -> None:

@@ -64,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=0, help="seconds a net after which no party is started; 0: none"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what --output has of the same commit and hardware")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, metavar="JSON", help="print the table of a stored result, measure nothing")
     return parser.parse_args()
@@ -168,8 +169,9 @@ def bench_net(name: str, args: argparse.Namespace, rows: list[dict], save: Calla
     ours |= {f"{mode}-compiled": problem.ours(mode, compiled=True) for mode in ("reverse", "forward")}
     theirs: dict[str, Party] = {"curvlinops": problem.curvlinops, "eigenthings": problem.eigenthings}
     wanted = [p for p in (*ours, *theirs) if not args.parties or p in args.parties]
+    known = {row["party"] for row in rows if row["net"] == name}
     print(f"{name}: {exact.size:,} parameters, {args.images} images of {problem.size} px", flush=True)
-    for party in wanted:
+    for party in [p for p in wanted if p not in known]:
         if args.budget and time.perf_counter() - begun > args.budget:
             print(f"{name} {party}: not run, the budget is spent", flush=True)
             continue
@@ -248,6 +250,10 @@ def main() -> None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 
+    if args.resume and args.output and args.output.exists():
+        before = json.loads(args.output.read_text())
+        if all(before[key] == result[key] for key in ("hardware", "commit", "images", "batch", "tol")):
+            rows += before["entries"]
     with sdpa_kernel(SDPBackend.MATH):
         for name in args.nets:
             bench_net(name, args, rows, save)

@@ -22,6 +22,7 @@ import gc
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="steps a round")
     parser.add_argument("--whole", type=int, default=100, help="steps timed as a whole, with one estimate; 0: skip")
     parser.add_argument("--tiny", action="store_true", help="a toy of each model at 64 px: to try this script on a CPU")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no model is begun")
+    parser.add_argument("--resume", action="store_true", help="keep what --output has of the same commit and hardware")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, metavar="JSON", help="print the table of a stored result, measure nothing")
     return parser.parse_args()
@@ -175,9 +178,19 @@ def main() -> None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    for name in args.models:
+    if args.resume and args.output and args.output.exists():
+        before = json.loads(args.output.read_text())
+        if all(before[key] == result[key] for key in ("hardware", "commit", "batch", "m")):
+            result["entries"] = [row for row in before["entries"] if row.get("complete")]
+    begun, done = time.perf_counter(), {row["model"] for row in result["entries"]}
+    for name in [name for name in args.models if name not in done]:
+        if time.perf_counter() - begun > args.seconds:
+            print(f"{name}: not run, the time is over", flush=True)
+            continue
         result["entries"].append(row := {})
         bench_model(name, args, row, save)
+        row["complete"] = True
+        save()
     print(show(result))
 
 

@@ -355,12 +355,18 @@ def main() -> None:
     args.work = args.work.absolute()
     stages = Stages(args)
     own = args.work / "result.json"
-    result: Result = json.loads(own.read_text()) if own.exists() else {"kind": "rehearsal-gpu", "stages": {}}
+    known = own if own.exists() else args.output  # on another machine: without the data and the runs
+    result: Result = {"kind": "rehearsal-gpu", "stages": {}}
+    if known is not None and known.exists():
+        result = json.loads(known.read_text())
+    missing = [name for name in args.stages if not result["stages"].get(name)]
+    again = set() if own.exists() else {"make"} if missing else set()
+    again |= {"b32"} if again and "restart" in missing else set()
     result |= {"hardware": hardware(), "date": time.strftime("%Y-%m-%d"), **ledger.provenance()}
     for name in args.stages:
         left = args.budget - (time.perf_counter() - began)
         need = 5 if args.toy else STAGES[name][1]
-        if result["stages"].get(name):
+        if name not in missing and name not in again:
             print(f"{name}: done before", flush=True)
             continue
         if left < need:

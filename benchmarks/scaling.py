@@ -166,7 +166,7 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    from sam_repro.paper.scaling import table
+    from report import scaling_table as table
 
     with tempfile.TemporaryDirectory() as folder:
         output = args.output or Path(folder) / "scaling.json"

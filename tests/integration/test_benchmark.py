@@ -44,3 +44,24 @@ def test_step(tmp_path):
         assert row["images_per_second"] == pytest.approx(16 / row["seconds"])
     for party in PARTIES[3:]:
         assert rows[party]["over_floor"] == pytest.approx(rows[party]["seconds"] / rows["floor"]["seconds"])
+
+
+def test_a_slot_goes_on_where_the_last_one_ended(tmp_path):
+    """benchmarks/all.sh at toy size: what a file has is kept, to the bit, and what is new comes beside it."""
+
+    def slot(parties: str, budget: int) -> dict[str, dict]:
+        environ = ENV | {"TOY": "1", "PYTHON": sys.executable, "PARTS": "step curvature", "SAM_REPRO_COMMIT": "a" * 40}
+        environ |= {"PARTIES": parties, "BUDGET": str(budget)}
+        command = ["bash", str(ROOT / "benchmarks/all.sh"), str(tmp_path)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and "exit code" not in done.stdout, done.stdout + done.stderr
+        files = (tmp_path / f"cpu-{name}-vit_digits.json" for name in ("step", "curvature"))
+        rows = [row for path in files if path.exists() for row in json.loads(path.read_text())["entries"]]
+        return {row.get("method") or row["party"]: row for row in rows}
+
+    first = slot("vanilla floor", 200)
+    assert {"vanilla", "floor", "reverse"} <= set(first)
+    assert slot("vanilla floor", 5) == first  # less than a part needs: nothing is begun, nothing is lost
+    second = slot("vanilla floor gsam-m4", 200)
+    assert {name: second[name] for name in first if name != "floor"} == {n: r for n, r in first.items() if n != "floor"}
+    assert second["gsam"]["over_floor"] == second["gsam"]["seconds"] / second["floor"]["seconds"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -123,3 +126,14 @@ def test_many_gpus_stand_beside_the_model(tmp_path: Path, capsys: pytest.Capture
     assert "predicted" in (tmp_path / "scaling.svg").read_text()
     assert main(["speed", "--folder", str(tmp_path)]) == 2  # these are no steps
     assert "is of speed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_a_benchmark_imports_of_this_project_is_there(path: Path) -> None:
+    """Many import only on a GPU, or in the end: a name that has moved would cost a slot."""
+    pytest.importorskip("triton")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sam_repro"):
+            module = importlib.import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), name
