@@ -29,7 +29,7 @@ from step import forgiven
 from step_parties import Bench, Party
 
 from sam_repro.distributed.ranks import Ranks
-from sam_repro.models.layers import grouped
+from sam_repro.models.layers import candidates
 from sam_repro.records import ledger
 from sam_repro.training.run import hardware
 
@@ -62,7 +62,7 @@ def build(bench: Bench, candidate: str, m: int) -> tuple[Party, torch.Tensor]:
     """GSAM's step with a candidate ("": the default), warmed up; and the gradient of its fourth step."""
     words = candidate.split("+") if candidate else []
     lanes = [int(w.removeprefix("lanes")) for w in words if w.startswith("lanes")]
-    grouped.TRIED = frozenset(w for w in words if w != "loop" and not w.startswith("lanes"))
+    candidates.TRIED = frozenset(w for w in words if w != "loop" and not w.startswith("lanes"))
     if bench.gpu:
         from sam_repro.optim.gpu import fused_step  # imports Triton, which only a GPU's torch has
 

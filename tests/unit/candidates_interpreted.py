@@ -33,7 +33,7 @@ def compare(name: str, make, groups: int, images: int, *rest: int) -> None:
             }
             found = []
             for tried in (frozenset(), frozenset([name])):
-                grouped.TRIED = tried
+                candidates.TRIED = tried
                 layer = make()
                 grouped.accept_groups(layer)
                 changed = [type(m).__name__ for m in layer.modules() if type(m).__module__ == candidates.__name__]

@@ -12,15 +12,21 @@ benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from timm.models.mlp_mixer import MixerBlock
 from torch import Tensor, nn
 
-from sam_repro.models.layers.grouped import linear, shared, tried
-
+TRIED = frozenset(os.environ.get("SAM_REPRO_TRY", "").split())
 GELU_ROWS = 256  # that one program of the kernel walks down
+
+
+def tried(name: str) -> bool:
+    """Whether a candidate is tried."""
+    return name in TRIED
 
 
 def approximation(act: nn.Module) -> str | None:
@@ -91,7 +97,7 @@ class GroupedMlp(Mlp):
         """(..., in) -> (..., out)."""
         if self.fc1.weight.ndim == 2:
             return super().forward(x)
-        h = linear(x, self.fc1.weight, None)
+        h = self.fc1.without_bias(x)  # pyright: ignore: a GroupedLinear
         y: Tensor = BiasGelu.apply(h, self.fc1.bias, approximation(self.act))  # pyright: ignore
         return self.fc2(y)
 
@@ -111,7 +117,7 @@ class TokenProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(G m, S, C), (G, T, S), (G, T) -> (G m, T, C)."""
         groups, out, tokens = weight.shape
-        weight = weight[:1] if shared(weight) else weight
+        weight = weight[:1] if weight.stride(0) == 0 else weight
         if tokens % 8:
             weight = weight.mT.contiguous().mT
         ctx.save_for_backward(x, weight)

@@ -12,23 +12,17 @@ gradient of the input stay one large product, and only the weights' gradients ar
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
+from sam_repro.models.layers.candidates import tried, use_candidates
+
 # GroupProduct is pure, and its body part of the key of a cache. By default code with such a function is not cached.
 if hasattr(functorch_config, "autograd_cache_allow_custom_autograd_functions"):  # not in torch 2.6
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
-
-TRIED = frozenset(os.environ.get("SAM_REPRO_TRY", "").split())  # layers/candidates.py has their names
-
-
-def tried(name: str) -> bool:
-    """Whether a candidate is tried that is not yet measured."""
-    return name in TRIED
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,6 +92,10 @@ class GroupedLinear(nn.Linear):
         """(..., in) -> (..., out)."""
         return linear(input, self.weight, self.bias)
 
+    def without_bias(self, input: Tensor) -> Tensor:
+        """The product alone."""
+        return linear(input, self.weight, None)
+
 
 class GroupedLayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension that takes scales and biases with groups."""
@@ -120,8 +118,6 @@ def accept_groups(model: nn.Module, handled: tuple[type[nn.Module], ...] = ()) -
         the names of loose parameters, direct children such as position embeddings, that `spread_loose` must hand over
         image by image; None if the model has parameters in layers that cannot take groups.
     """
-    from sam_repro.models.layers.candidates import use_candidates  # which is made of this module's
-
     loose = set()
     for prefix, module in model.named_modules():
         use_candidates(module)
