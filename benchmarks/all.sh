@@ -10,9 +10,9 @@
 #
 #   step        warm: everything that is missing is compiled, four processes per GPU, nothing is timed; then each model
 #               alone on a GPU: the price of Table 1
-#   jax         the official JAX code beside ours, ViT-B/32 and ViT-B/16 (BIG_VISION=checkout, jax, flax, optax, einops)
+#   jax         the official JAX code next to ours, ViT-B/32 and ViT-B/16 (BIG_VISION=checkout, jax, flax, optax, einops)
 #   eigen       Eigen-SAM over SAM
-#   curvature   eigenvalues beside curvlinops (WHEELS=folder of what is to be installed, without a network)
+#   curvature   eigenvalues, compared with curvlinops (WHEELS=folder of what is to be installed, without a network)
 #   start       the first and the second start of train.py
 #   memory      the recipe's batch under caps of 40, 80 and 141 GB
 #   rehearsal   ImageNet's shape (IMAGES=folder of JPEGs)

@@ -1,4 +1,4 @@
-"""What each faster layer that is being tried is worth: beside the default and the floor, in turns, in one process.
+"""What each faster layer that is being tried is worth: next to the default and the floor, in turns, in one process.
 
     python benchmarks/candidates.py --models vit_b32 mixer_b32 --output results/benchmarks/<gpu>-candidates.json
     python benchmarks/candidates.py --device cpu --models mixer_s32 --size 64 --batch 8 --m 4    # does it start?
