@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -56,7 +58,8 @@ def _measure(args: Namespace, folder: Path, ranks: Ranks) -> Numbers:
     with tqdm(desc=args.what, unit=" sweeps", disable=not ranks.main, mininterval=patience, maxinterval=60) as bar:
         hessian.after = bar.update
         try:
-            numbers = REPORTS[args.what](hessian, args)
+            with contextlib.redirect_stdout(sys.stdout if ranks.main else io.StringIO()):  # one rank says it
+                numbers = REPORTS[args.what](hessian, args)
         except ValueError as error:
             raise UserError(str(error)) from None
     counted = ranks.sum_(torch.tensor(float(sum(len(b[0]) for b in batches)), device=ranks.device))

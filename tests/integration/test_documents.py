@@ -104,7 +104,7 @@ OTHERS = {
     r"--download": "needs the network",
     r"/data/|data\.root=\.\.\.": "needs ImageNet, or test sets of that size",
     r"data/imagenette160|imagenette": "needs Imagenette and a GPU",
-    r"--gpus|torchrun|--peers|<gpu>|debug=profile|all\.sh|evidence\.sh|eigen_cost": "needs GPUs",
+    r"--gpus|torchrun(?!.*sharpness)|--peers|<gpu>|debug=profile|all\.sh|evidence\.sh|eigen_cost": "needs GPUs",
     r"^sam-repro run table1$": "needs ImageNet",
     r"optim=gsam debug=tiny": "tests/integration/test_documents_run.py::test_the_quickstart_runs_as_typed",
     r"write imagefolder|data\.name=mine|evaluate runs/": (

@@ -19,6 +19,7 @@ from test_documents import commands
 def typed(words: list[str], where: Path, **env: str) -> str:
     """What a command prints that stands in a document: `python` and `sam-repro` are this checkout's."""
     programs = {"python": [sys.executable], "sam-repro": [sys.executable, "-m", "sam_repro.cli"]}
+    programs["torchrun"] = [sys.executable, "-m", "torch.distributed.run"]
     words = [str(ROOT / w) if w == "train.py" or w.startswith("benchmarks/") else w for w in words]
     done = subprocess.run(
         [*programs[words[0]], *words[1:]], cwd=where, env=ENV | env, capture_output=True, text=True, timeout=240
@@ -94,6 +95,9 @@ def test_the_demo_as_typed(tmp_path):
         assert f"{what}.svg" in typed([*sharpness(what, run), "--images", "32", *limits], tmp_path)
     for what in ("decay", "alignment"):
         assert f"{what}.svg" in typed(sharpness(what, run), tmp_path)
+    ranks = [w.replace("<run_id>", f"demo/{run}") for w in that("docs/CURVATURE.md", "^torchrun .* sharpness eigen")]
+    ranks = ["--nproc-per-node=2" if w.startswith("--nproc") else w for w in ranks]
+    assert typed([*ranks[:-1], "32"], tmp_path).count("sigma_max") == 1
     assert typed(that("docs/WANDB.md", "--entity"), tmp_path) == "dashboard-table1.json\n"
 
 
