@@ -20,9 +20,8 @@ def measurements(run: Path, *keys: str) -> list[dict[str, Any]]:
     records = ({"step": r["step"]} | r["sharpness"] for _, r in stream_log(run / "log.jsonl") if "sharpness" in r)
     whole = [record for record in records if all(is_whole(key, record.get(key)) for key in keys)]
     if len(whole) < 2:
-        raise UserError(
-            f"{run} has {plural(len(whole), 'measurement')} over training; two are needed: sharpness.every=100"
-        )
+        found = plural(len(whole), "measurement")
+        raise UserError(f"{run} has {found} over training, but two are needed: train with sharpness.every=100")
     return whole
 
 

@@ -221,8 +221,8 @@ def variable(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isascii() or not text.isdigit():
         other = "WORLD_SIZE" if name == "RANK" else "RANK"
-        missing = f"{other} is set, but {name} is not" if text == "" else f"{name}={text} is not a number of processes"
-        raise UserError(f"{missing}; {LAUNCH}")
+        wrong = f"{name}={text} is not a whole number of 0 or more" if text else f"{other} is set, but {name} is not"
+        raise UserError(f"{wrong}; {LAUNCH}")
     return int(text)
 
 

@@ -208,9 +208,14 @@ HALF = {
     "WORLD_SIZE is set, but RANK is not": {"WORLD_SIZE": "2"},
     "RANK is set, but MASTER_PORT is not": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
     "RANK is set, but MASTER_ADDR is not": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
-    "RANK=zero is no number": {"RANK": "zero", "WORLD_SIZE": "2"},
-    "MASTER_PORT=any is no number": {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "any", "MASTER_ADDR": "::1"},
-    "WORLD_SIZE=-1 is no number": {"RANK": "0", "WORLD_SIZE": "-1"},
+    "RANK=zero is not a whole number": {"RANK": "zero", "WORLD_SIZE": "2"},
+    "MASTER_PORT=any is not a whole number": {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": "any",
+        "MASTER_ADDR": "::1",
+    },
+    "WORLD_SIZE=-1 is not a whole number": {"RANK": "0", "WORLD_SIZE": "-1"},
     "rank 2 of 2 processes does not exist": {"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "::1"},
     "RANK is set, but SLURM_LOCALID is not": {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
 }

@@ -160,8 +160,8 @@ def test_half_precision_parameters_get_products_in_float32():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"every": 0}, "every k=0 steps with p=5 products: both must be at least 1"),
-        ({"iterations": 0}, "p=0 products"),
+        ({"every": 0}, "power iteration with k=0 and p=5: both must be at least 1"),
+        ({"iterations": 0}, "k=1 and p=0"),
         ({"images": "all"}, "unknown images 'all'"),
     ],
 )

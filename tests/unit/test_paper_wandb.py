@@ -57,7 +57,7 @@ def test_an_offline_run_holds_the_whole_log(folder: Path, capsys: pytest.Capture
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sync", str(tmp_path)]) == 2
-    assert "there is no log.jsonl" in capsys.readouterr().err
+    assert "it has no log.jsonl" in capsys.readouterr().err
 
 
 def test_a_run_or_a_folder_of_runs(folder: Path) -> None:
